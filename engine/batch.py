@@ -1,0 +1,134 @@
+"""Scheduled work to device tensors: one upload a step for the tables, one for each variant's batch.
+
+The device holds, by row (a running sequence's place): its token ids, its block table and its sampling parameters. The
+host sends deltas; the ids that a batch feeds to the model are read from the device's own token table, because the
+newest of them may not have reached the host.
+
+Letters: T tokens of the batch, B sequences, N of them sampled, S rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine import sampling
+from engine.kernels import AttentionPlan, plan_tiles
+from engine.models.qwen import Batch
+from engine.scheduler import Scheduled
+from engine.sequence import Sequence
+from engine.transfer import upload
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The device's state by row; changed in place, in stream order."""
+
+    tokens: Tensor  # [S, max_model_len + 1] int32
+    blocks: Tensor  # [S, max_blocks] int32
+    floats: Tensor  # [S, sampling.NUM_FLOATS] float32
+    ints: Tensor  # [S, sampling.NUM_INTS] int32
+
+    @staticmethod
+    def allocate(num_rows: int, max_model_len: int, block_size: int, device: torch.device) -> Tables:
+        return Tables(
+            tokens=torch.zeros(num_rows, max_model_len + 1, dtype=torch.int32, device=device),
+            blocks=torch.zeros(num_rows, -(-max_model_len // block_size), dtype=torch.int32, device=device),
+            floats=torch.zeros(num_rows, sampling.NUM_FLOATS, dtype=torch.float32, device=device),
+            ints=torch.zeros(num_rows, sampling.NUM_INTS, dtype=torch.int32, device=device),
+        )
+
+    def update(self, admitted: list[Sequence], new_blocks: list[tuple[int, int, int]]) -> None:
+        """Tell the device of newly admitted sequences and newly taken blocks (row, index, block)."""
+        if not new_blocks:
+            return
+        taken = np.array(new_blocks, dtype=np.int32)
+        pieces: list[Ints] = [taken[:, 0] * self.blocks.shape[1] + taken[:, 1], taken[:, 2]]
+        if admitted:
+            width = self.tokens.shape[1]
+            lengths = np.array([len(s.token_ids) for s in admitted])
+            rows = np.array([s.row for s in admitted], dtype=np.int32)
+            starts = np.repeat(rows * width - (np.cumsum(lengths) - lengths), lengths)
+            pieces += [
+                (starts + np.arange(len(starts))).astype(np.int32),
+                np.concatenate([np.array(s.token_ids, dtype=np.int32) for s in admitted]),
+                rows,
+                np.array([sampling.int_row(s) for s in admitted], dtype=np.int32),
+                np.array([sampling.float_row(s.params) for s in admitted], dtype=np.float32).view(np.int32),
+            ]
+        parts = upload(pieces, self.blocks.device)
+        self.blocks.view(-1).index_copy_(0, parts[0].long(), parts[1])
+        if admitted:
+            self.tokens.view(-1).index_copy_(0, parts[2].long(), parts[3])
+            index = parts[4].long()
+            self.ints.index_copy_(0, index, parts[5])
+            self.floats.index_copy_(0, index, parts[6].view(torch.float32))
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """One variant's batch on the device, and the host's view of it. `scheduled` is in the batch's order."""
+
+    scheduled: list[Scheduled]
+    sampled: list[Sequence]
+    batch: Batch
+    num_decode_tokens: int  # of sequences past their prompt
+    num_prefill_tokens: int
+    sample_index: Tensor  # [N] int64: token of the batch whose hidden state gives the logits
+    sample_rows: Tensor  # [N] int64
+    sample_positions: Tensor  # [N] int32: where the new token will stand
+
+
+def assemble(scheduled: list[Scheduled], tables: Tables, block_size: int) -> Assembled:
+    """Build the inputs of one variant's batch. Sequences with one token come first, as the attention wants them."""
+    scheduled = sorted(scheduled, key=lambda s: s.num_tokens > 1)
+    lengths = np.array([s.num_tokens for s in scheduled], dtype=np.int32)
+    starts = np.array([s.start for s in scheduled], dtype=np.int32)
+    rows = np.array([s.sequence.row for s in scheduled], dtype=np.int32)
+    num_decodes = int((lengths == 1).sum())
+    query_starts = np.zeros(len(scheduled) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=query_starts[1:])
+    token_rows = np.repeat(rows, lengths)
+    positions = np.arange(query_starts[-1], dtype=np.int32) + np.repeat(starts - query_starts[:-1], lengths)
+    samples = np.array([s.samples for s in scheduled], dtype=bool)
+    contexts = starts + lengths
+    parts = upload(
+        [
+            token_rows,
+            positions,
+            rows,
+            query_starts,
+            contexts,
+            plan_tiles(lengths, num_decodes),
+            query_starts[1:][samples] - 1,
+            rows[samples],
+            contexts[samples],
+        ],
+        tables.blocks.device,
+    )
+    token_rows_d, positions_d = parts[0].long(), parts[1]
+    where = positions_d.long()
+    slots = tables.blocks[token_rows_d, where // block_size] * block_size + positions_d % block_size
+    past_prompt = sum(s.num_tokens == 1 and s.start >= s.sequence.prompt_len for s in scheduled)
+    return Assembled(
+        scheduled=scheduled,
+        sampled=[s.sequence for s in scheduled if s.samples],
+        batch=Batch(
+            token_ids=tables.tokens[token_rows_d, where],
+            positions=positions_d,
+            slots=slots,
+            block_tables=tables.blocks,
+            plan=AttentionPlan(parts[2], parts[3], parts[4], lengths, contexts, num_decodes, parts[5]),
+        ),
+        num_decode_tokens=past_prompt,
+        num_prefill_tokens=int(query_starts[-1]) - past_prompt,
+        sample_index=parts[6].long(),
+        sample_rows=parts[7].long(),
+        sample_positions=parts[8],
+    )

@@ -1,0 +1,180 @@
+"""Frozen settings: of the checkpoint (`ModelConfig`, read from its folder) and of the engine (`EngineConfig`). No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class ModelError(ValueError):
+    """A checkpoint folder is missing, incomplete, broken or of an unsupported kind. The message is one line for the user."""
+
+
+class YarnScaling(msgspec.Struct, frozen=True):
+    """YaRN rope scaling (Peng et al., 2023, arXiv:2309.00071), as transformers' `rope_type: yarn` defines it."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of one dense Qwen2, Qwen2.5 or Qwen3 checkpoint. Family differences are fields: `qkv_bias`, `qk_norm`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    yarn: YarnScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    dtype: str  # the checkpoint's: "bfloat16", "float16" or "float32"
+    eos_token_ids: list[int]
+    generation: dict[str, float]  # sampling defaults of generation_config.json: temperature, top_p, top_k, …
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one engine.
+
+    model: a local folder. variants: names of `quant.formats`; the first is the default. dtype: "auto" is the
+    checkpoint's on a GPU and float32 on a CPU. load_format: "auto" reads safetensors, "dummy" makes random weights from
+    the config alone. max_num_batched_tokens: the budget of one step over all variants. kv_cache_tokens: size of the KV
+    pool in tokens; 0 takes `gpu_memory_utilization` of the GPU, or 64 Ki tokens on a CPU. overlap: step N+1 is launched
+    before the tokens of step N reach the host; None means on a GPU only. num_threads: of torch on a CPU; 0 is torch's own.
+    """
+
+    model: str
+    variants: tuple[str, ...] = ("bf16",)
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int = 0  # 0: the checkpoint's, or what fits the pool if that is less
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 0  # 0: 8192 on a GPU, 2048 on a CPU
+    block_size: int = 16
+    kv_cache_tokens: int = 0
+    gpu_memory_utilization: float = 0.85
+    enable_prefix_caching: bool = True
+    overlap: bool | None = None
+    num_threads: int = 0
+    seed: int = 0
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} has no {path.name}: is it a model folder?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ModelError(f"cannot read {path}: {e}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object")
+    return value
+
+
+def load_model_config(folder: str | Path) -> ModelConfig:
+    """Read `config.json` and, where present, `generation_config.json` of a checkpoint folder.
+
+    Raises ModelError with one line that names the file and the field.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist")
+    raw = load_json(folder / "config.json")
+    generation = load_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    return parse_model_config(raw, generation, str(folder / "config.json"))
+
+
+def parse_model_config(raw: dict[str, Any], generation: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    family = raw.get("model_type")
+    if family not in ("qwen2", "qwen3"):
+        raise ModelError(f"{source}: model_type {family!r} is not supported; supported: qwen2 (Qwen2, Qwen2.5), qwen3")
+
+    def need(key: str, kind: type) -> Any:
+        value = raw.get(key)
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(f"{source}: {key} must be a {kind.__name__}, got {value!r}")
+        if not value > 0 or (kind is float and not math.isfinite(value)):
+            raise ModelError(f"{source}: {key} must be positive, got {value!r}")
+        return value
+
+    if raw.get("use_sliding_window"):
+        raise ModelError(f"{source}: use_sliding_window is not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+    if raw.get("quantization_config"):
+        raise ModelError(f"{source}: quantization_config is not supported yet; serve the unquantised checkpoint")
+    hidden, heads = need("hidden_size", int), need("num_attention_heads", int)
+    kv_heads = raw.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ModelError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = raw.get("head_dim") or hidden // heads
+    theta, yarn = _rope(raw, source)
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    return ModelConfig(
+        vocab_size=need("vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=need("intermediate_size", int),
+        num_layers=need("num_hidden_layers", int),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=need("rms_norm_eps", float),
+        rope_theta=theta,
+        yarn=yarn,
+        max_position_embeddings=need("max_position_embeddings", int),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
+        qk_norm=family == "qwen3",
+        dtype=str(dtype).removeprefix("torch."),
+        eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [eos],
+        generation={
+            k: generation[k]
+            for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if isinstance(generation.get(k), int | float)
+        }
+        | ({"temperature": 0.0} if generation.get("do_sample") is False else {}),
+    )
+
+
+def _rope(raw: dict[str, Any], source: str) -> tuple[float, YarnScaling | None]:
+    """rope_theta and scaling in the old spelling (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`)."""
+    new = raw.get("rope_parameters") or {}
+    scaling = new if new.get("rope_type", "default") != "default" else (raw.get("rope_scaling") or {})
+    theta = new.get("rope_theta", raw.get("rope_theta"))
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ModelError(f"{source}: neither rope_theta nor rope_parameters.rope_theta gives the rotary base")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return float(theta), None
+    if kind != "yarn":
+        raise ModelError(f"{source}: rope scaling {kind!r} is not supported, only yarn")
+    original = scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    factor = scaling.get("factor")
+    if not isinstance(factor, int | float) or factor < 1 or not isinstance(original, int):
+        raise ModelError(f"{source}: yarn needs factor >= 1 and original_max_position_embeddings")
+    optional = {
+        k: scaling[k]
+        for k in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+        if scaling.get(k) is not None
+    }
+    return float(theta), YarnScaling(factor=float(factor), original_max_position_embeddings=original, **optional)

@@ -1,0 +1,255 @@
+"""The engine: add, abort, finish, step. No HTTP, no text, no asyncio; one thread.
+
+A step schedules, launches, and then takes in the results of the step before (with `overlap`) or of this one. With
+overlap the host never waits for the device in steady state: step N+1 is scheduled and queued while step N runs, a sampled
+id feeds the next step on the device, and the host learns of it one step late. A sequence that turns out to be finished
+costs one token that is dropped.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
+from engine.messages import (
+    AddRequest,
+    EngineInfo,
+    EngineStats,
+    Finished,
+    Logprobs,
+    PromptLogprobs,
+    VariantInfo,
+    VariantStats,
+    unpack_ids,
+)
+from engine.phases import PhaseClock
+from engine.runner import Flight, Runner, VariantFlight, pick_device
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.weights import count_token_ids
+
+
+@dataclass
+class StepResult:
+    """What one step produced: parallel lists of new tokens, and the rest by sequence id."""
+
+    sequence_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs | None] = field(default_factory=list)  # parallel to the above
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+
+
+class Engine:
+    """Holds every variant of one checkpoint and steps their sequences together.
+
+    Raises ModelError when the checkpoint or the configuration cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        model_config = load_model_config(config.model)
+        self.config = config = complete(config, model_config)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        known = count_token_ids(config.model)
+        self.num_ids = min(known or model_config.vocab_size, model_config.vocab_size)
+        self.runner = Runner(config, model_config, self.num_ids)
+        self.eos_token_ids = frozenset(i for i in model_config.eos_token_ids if i < self.num_ids)
+        names = list(self.runner.variants)
+        self.blocks = BlockManager(self.runner.num_blocks)
+        self.scheduler = Scheduler(
+            self.blocks, config.block_size, names, config.max_num_seqs, config.max_num_batched_tokens
+        )
+        self.sequences: dict[int, Sequence] = {}
+        self.phases = {name: PhaseClock() for name in names}
+        self.num_steps = 0
+        self.step_started: float | None = None
+        self._flights: deque[Flight] = deque()
+
+    @property
+    def info(self) -> EngineInfo:
+        variants = self.runner.variants
+        return EngineInfo(
+            max_model_len=self.runner.max_model_len,
+            vocab_size=self.num_ids,
+            eos_token_ids=sorted(self.eos_token_ids),
+            default_variant=next(iter(variants)),
+            variants=[
+                VariantInfo(name, v.fingerprint, self.config.block_size, v.own_bytes, v.shared_bytes)
+                for name, v in variants.items()
+            ],
+            num_blocks=self.runner.num_blocks,
+            max_num_seqs=self.config.max_num_seqs,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            device=str(self.runner.device),
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._flights) or self.scheduler.has_work
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request's n sequences. It has been validated by `sequence.check_params`."""
+        prompt, params, now = unpack_ids(request.prompt), request.params, time.monotonic()
+        first_seed = secrets.randbits(63) if params.seed is None else params.seed
+        for i in range(params.n):
+            sequence = Sequence(
+                id=request.request_id + i,
+                variant=request.variant,
+                prompt=prompt,
+                params=params,
+                eos_token_ids=self.eos_token_ids,
+                seed=first_seed + i,
+                cache_seed=request.cache_seed if self.config.enable_prefix_caching else b"",
+                hashes=request.block_hashes if self.config.enable_prefix_caching else [],
+                arrival=now,
+            )
+            if i > 0:  # the prompt's logprobs are the same for all n: the first sequence reports them
+                sequence.next_prompt_logprob = sequence.prompt_len
+            self.sequences[sequence.id] = sequence
+            self.scheduler.add(sequence)
+
+    def abort(self, sequence_ids: list[int]) -> None:
+        """Free these sequences' blocks now; nothing more is said of them. Unknown ids are ignored (they may have ended)."""
+        for i in sequence_ids:
+            sequence = self.sequences.pop(i, None)
+            if sequence is not None:
+                self.scheduler.finish(sequence)
+
+    def step(self) -> StepResult:
+        """Schedule and launch one step; take in the results that are due. An empty result is normal."""
+        result = StepResult()
+        self.step_started = time.monotonic()
+        step = self.scheduler.schedule()
+        if step:
+            self.num_steps += 1
+            flight = self.runner.launch(step, self.scheduler.admitted, self.scheduler.new_blocks)
+            self._flights.append(flight)
+            for sequence in flight.failed:  # before anyone can find what they had registered
+                self._fail(sequence, result)
+        due = len(self._flights) - (1 if step and self.config.overlap else 0)
+        for _ in range(due):
+            flight = self._flights.popleft()
+            flight.wait()
+            for share in flight.variants:
+                self._take(share, result)
+        self.step_started = None
+        return result
+
+    def stats(self) -> EngineStats:
+        """A snapshot; safe to call from another thread, whose numbers may then be a step apart."""
+        started = self.step_started
+        variants = {}
+        for name, phase in self.phases.items():
+            counters = self.scheduler.counters[name]
+            running = sum(s.variant == name for s in list(self.scheduler.running.values()))
+            variants[name] = VariantStats(
+                phase.prefill_tokens,
+                phase.prefill_seconds,
+                phase.decode_tokens,
+                phase.decode_seconds,
+                counters.preemptions,
+                counters.prefix_queries,
+                counters.prefix_hits,
+                running,
+                len(self.scheduler.waiting[name]),
+            )
+        busy = time.monotonic() - started if started is not None else 0.0
+        used, cached = self.blocks.num_used, self.blocks.num_cached
+        return EngineStats(self.num_steps, busy, self.blocks.num_blocks, used, cached, variants)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _take(self, share: VariantFlight, result: StepResult) -> None:
+        """Bring one variant's results of a finished step into the host's books."""
+        a = share.assembled
+        self.phases[share.variant].add(a.num_prefill_tokens, a.num_decode_tokens, share.clock.seconds())
+        self._take_prompt_logprobs(share, result)
+        tokens = share.tokens.tolist()
+        ids = share.ids.tolist() if share.ids is not None else None
+        values = share.values.tolist() if share.values is not None else None
+        for row, (sequence, token) in enumerate(zip(a.sampled, tokens, strict=True)):
+            if sequence.finished:
+                continue
+            sequence.token_ids.append(token)
+            self.scheduler.token_arrived(sequence)
+            result.sequence_ids.append(sequence.id)
+            result.token_ids.append(token)
+            logprobs = None
+            if ids is not None and values is not None:
+                logprobs = _pick_logprobs(sequence, ids[row], values[row], share.num_top)
+            result.logprobs.append(logprobs)
+            self._finish_if_done(sequence, token, result)
+        for scheduled in a.scheduled:
+            sequence = scheduled.sequence
+            if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
+                self._finish(sequence, "length", None, result)
+
+    def _finish_if_done(self, sequence: Sequence, token: int, result: StepResult) -> None:
+        generated = len(sequence.token_ids) - sequence.prompt_len
+        if token in sequence.stop_ids and generated > sequence.params.min_tokens:
+            self._finish(sequence, "stop", token, result)
+        elif generated >= sequence.params.max_tokens or len(sequence.token_ids) >= self.runner.max_model_len:
+            self._finish(sequence, "length", None, result)
+
+    def _finish(self, sequence: Sequence, reason: str, stop_token: int | None, result: StepResult) -> None:
+        self.scheduler.finish(sequence)
+        self.sequences.pop(sequence.id, None)
+        queued = (sequence.first_scheduled or sequence.arrival) - sequence.arrival
+        result.finished.append(Finished(sequence.id, reason, stop_token, sequence.num_cached_tokens, queued))
+
+    def _fail(self, sequence: Sequence, result: StepResult) -> None:
+        """What the device had no memory for ends with an error; the hashes it had registered are not to be trusted."""
+        self.blocks.discard(sequence.blocks)
+        self.scheduler.finish(sequence)
+        self.sequences.pop(sequence.id, None)
+        message = "out of device memory: the request was too large for what is free now"
+        result.finished.append(Finished(sequence.id, "error", None, 0, 0.0, message))
+
+    def _take_prompt_logprobs(self, share: VariantFlight, result: StepResult) -> None:
+        if share.prompt_ids is None or share.prompt_values is None:
+            return
+        ids, values = share.prompt_ids.tolist(), share.prompt_values.tolist()
+        for piece in share.prompt_pieces:
+            if piece.sequence.finished:
+                continue
+            width = 1 + (piece.sequence.params.prompt_logprobs or 0)
+            rows = range(piece.offset, piece.offset + piece.count)
+            positions = [Logprobs(ids[r][:width], values[r][:width]) for r in rows]
+            result.prompt_logprobs.append(PromptLogprobs(piece.sequence.id, piece.start, positions))
+
+
+def _pick_logprobs(sequence: Sequence, ids: list[int], values: list[float], num_top: int) -> Logprobs | None:
+    """A sequence's share of its batch's row: the token, its own top-n of the batch's, its named ids."""
+    p = sequence.params
+    if p.logprobs is None and not p.logprob_token_ids:
+        return None
+    top, named = slice(0, 1 + (p.logprobs or 0)), slice(1 + num_top, 1 + num_top + len(p.logprob_token_ids))
+    return Logprobs(ids[top] + ids[named], values[top] + values[named])
+
+
+def complete(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
+    """The configuration with every default that depends on the machine or the checkpoint filled in."""
+    if not config.variants:
+        raise ModelError("variants must name at least one variant")
+    if len(set(config.variants)) < len(config.variants):
+        raise ModelError(f"a variant is named twice in {','.join(config.variants)}")
+    if config.max_model_len > model_config.max_position_embeddings:
+        raise ModelError(
+            f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
+        )
+    on_gpu = pick_device(config.device).type == "cuda"
+    budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
+    return msgspec.structs.replace(
+        config,
+        max_num_batched_tokens=max(budget, config.max_num_seqs),
+        overlap=on_gpu if config.overlap is None else config.overlap,
+    )

@@ -1,0 +1,187 @@
+"""The engine in-process, for scripts: prompts in, texts out. The interface is nano-vLLM's, so its scripts carry over.
+
+    from engine import LLM, SamplingParams
+    llm = LLM("models/pocket", variants=["bf16", "int8-row"])
+    llm.generate(["The sea"], SamplingParams(temperature=0, max_tokens=32), variant="int8-row")[0]["text"]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from engine.block_manager import hash_blocks, prefix_seed
+from engine.config import EngineConfig, ModelError
+from engine.core import Engine, StepResult
+from engine.messages import AddRequest, Logprobs, pack_ids
+from engine.quant.formats import parse_format
+from engine.sequence import SamplingParams, check_params
+from engine.text import Detokenizer, StopMatcher, TokenTable
+
+
+class _Output:
+    """One sequence's answer while it grows."""
+
+    def __init__(self, sequence_id: int, prompt_len: int, params: SamplingParams, table: TokenTable | None) -> None:
+        self.sequence_id = sequence_id
+        self.params = params
+        self.prompt_len = prompt_len
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs | None] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.num_cached_tokens = 0
+        self._table = table
+        self._detokenizer = Detokenizer(table) if table is not None and params.detokenize else None
+        self._stops = StopMatcher(params.stop) if params.stop else None
+
+    def add(self, token: int, logprobs: Logprobs | None) -> bool:
+        """One more token; True when a stop string ended the text with it."""
+        self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        return self._detokenizer is not None and self._emit(self._detokenizer.add([token]))
+
+    def _emit(self, text: str) -> bool:
+        if self._stops is None:
+            self.text += text
+            return False
+        emitted, match = self._stops.add(text)
+        self.text += emitted
+        return match is not None
+
+    def end(self, reason: str) -> None:
+        """No more tokens will come: what was held back belongs to the text, unless it completes a stop string."""
+        self.finish_reason = reason
+        if self._detokenizer is None:
+            return
+        if self._emit(self._detokenizer.flush()):
+            self.finish_reason = "stop"
+        elif self._stops is not None:
+            self.text += self._stops.flush()
+
+    def result(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "num_cached_tokens": self.num_cached_tokens,
+        }
+        if self.params.logprobs is not None or self.params.logprob_token_ids:
+            out["logprobs"] = self.logprobs
+        if self.params.prompt_logprobs is not None:
+            out["prompt_logprobs"] = self.prompt_logprobs
+        return out
+
+
+class LLM:
+    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields.
+
+    `enforce_eager` and `tensor_parallel_size=1` of nano-vLLM are accepted, as are vLLM's names of the same settings.
+    Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.
+    """
+
+    def __init__(self, model: str | Path, variants: list[str] | None = None, **options: Any) -> None:
+        if options.pop("tensor_parallel_size", 1) != 1:
+            raise ModelError("tensor_parallel_size above 1 is not supported")
+        options.pop("enforce_eager", None)
+        names = tuple(parse_format(v).name for v in variants or ["bf16"])
+        unknown = set(options) - set(EngineConfig.__struct_fields__)
+        if unknown:
+            raise ModelError(f"unknown option {sorted(unknown)[0]!r}; options: {', '.join(EngineConfig.__struct_fields__)}")
+        self.engine = Engine(EngineConfig(model=str(model), variants=names, **options))
+        path = Path(model) / "tokenizer.json"
+        self.tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
+        self._table = TokenTable(self.tokenizer) if self.tokenizer is not None else None
+        self._next_id = 0
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """The checkpoint's sampling defaults (generation_config.json), with changes."""
+        defaults = self.engine.runner.model_config.generation
+        return SamplingParams(**{**defaults, **changes})
+
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        variant: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Continue each prompt (text or token ids).
+
+        Returns one dict a prompt: `text`, `token_ids`, `finish_reason`, `num_cached_tokens`, and where asked `logprobs`
+        and `prompt_logprobs`; with n > 1, `outputs` holds one such dict a sequence and the top level is the first.
+        """
+        info = self.engine.info
+        name = parse_format(variant).name if variant else info.default_variant
+        chosen = next((v for v in info.variants if v.name == name), None)
+        if chosen is None:
+            raise ModelError(f"variant {name} is not loaded; loaded: {', '.join(v.name for v in info.variants)}")
+        if isinstance(sampling_params, list):
+            params = sampling_params
+        else:
+            params = [sampling_params or self.default_params()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
+        groups: list[list[_Output]] = []
+        requests: list[AddRequest] = []
+        for prompt, p in zip(prompts, params, strict=True):
+            ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+            check_params(p, ids, info.max_model_len, info.vocab_size)
+            if p.stop and (self._table is None or not p.detokenize):
+                raise ValueError("stop strings need a tokenizer and detokenize=True")
+            seed = prefix_seed(chosen.fingerprint) if info.enable_prefix_caching else b""
+            hashes = hash_blocks(seed, ids, chosen.block_size) if seed else []
+            request_id, self._next_id = self._next_id, self._next_id + p.n
+            requests.append(AddRequest(request_id, name, pack_ids(ids), p, seed, hashes))
+            groups.append([_Output(request_id + i, len(ids), p, self._table) for i in range(p.n)])
+        self._run(requests, {o.sequence_id: o for group in groups for o in group}, use_tqdm)
+        return [g[0].result() if len(g) == 1 else {**g[0].result(), "outputs": [o.result() for o in g]} for g in groups]
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this model folder has no tokenizer.json: pass token ids")
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def _run(self, requests: list[AddRequest], outputs: dict[int, _Output], use_tqdm: bool) -> None:
+        bar = tqdm(total=len(outputs), desc="Generating", unit="seq", disable=not use_tqdm, dynamic_ncols=True)
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while self.engine.has_work:
+                bar.update(self._take(self.engine.step(), outputs))
+        finally:
+            self.engine.abort(list(outputs))
+            bar.close()
+
+    def _take(self, result: StepResult, outputs: dict[int, _Output]) -> int:
+        """Hand a step's results to their outputs; returns how many ended."""
+        ended = 0
+        for sequence_id, token, logprobs in zip(
+            result.sequence_ids, result.token_ids, result.logprobs, strict=True
+        ):
+            output = outputs[sequence_id]
+            if output.finish_reason is None and output.add(token, logprobs):
+                self.engine.abort([sequence_id])
+                output.finish_reason = "stop"
+                ended += 1
+        for piece in result.prompt_logprobs:
+            known = outputs[piece.sequence_id].prompt_logprobs
+            known.extend([None] * (piece.start - len(known)))
+            known.extend(piece.positions)
+        for finished in result.finished:
+            output = outputs[finished.sequence_id]
+            output.num_cached_tokens = finished.num_cached_tokens
+            if finished.error is not None:
+                raise RuntimeError(finished.error)
+            if output.finish_reason is None:
+                output.end(finished.reason)
+                ended += 1
+        return ended

@@ -1,0 +1,210 @@
+"""What crosses processes: msgspec structs in msgpack, never pickle. No torch here.
+
+    API process  --AddRequest, Finish, Abort-->           engine    DEALER to ROUTER, ipc://DIR/engine
+    API process  <--StepOutput (one a step)--             engine    the same pair
+    parent       --DropClient, Shutdown-->                engine    the same ROUTER
+    API, engine  --EngineReady, EngineReport, ApiReport--> parent    PUSH to PULL, ipc://DIR/report
+    API process  <--Status (twice a second, and at once when something changes)-- parent   PUB to SUB, ipc://DIR/status
+
+DIR is a fresh 0700 directory. Identities: a DEALER's identity is its client id as 4 big-endian bytes; client ids are
+given by the parent and never reused, so a restarted API process cannot be mistaken for the one before it. A sequence
+id is `client_id << 40 | counter`; a request of n sequences owns ids `request_id` to `request_id + n - 1`.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+
+from engine.sequence import SamplingParams
+
+CLIENT_SHIFT = 40
+ENGINE_ENDPOINT = "engine"
+REPORT_ENDPOINT = "report"
+STATUS_ENDPOINT = "status"
+
+
+def pack_ids(ids: list[int]) -> bytes:
+    """Token ids as native 32-bit integers: a tenth of the cost of a msgpack list."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    out = array("i")
+    out.frombytes(data)
+    return out.tolist()
+
+
+class AddRequest(msgspec.Struct, tag="add", array_like=True):
+    """One prompt to be continued by `params.n` sequences.
+
+    prompt: `pack_ids`. cache_seed: `block_manager.prefix_seed(fingerprint, cache_salt)`; empty keeps the request out of
+    the prefix cache. block_hashes: `block_manager.hash_blocks(cache_seed, prompt, block_size)`. The API process has
+    validated everything (`sequence.check_params`).
+    """
+
+    request_id: int
+    variant: str
+    prompt: bytes
+    params: SamplingParams
+    cache_seed: bytes
+    block_hashes: list[bytes]
+
+
+class Finish(msgspec.Struct, tag="finish", array_like=True):
+    """A stop string ended this sequence: it keeps `num_tokens` output tokens; what comes later is ignored."""
+
+    sequence_id: int
+    num_tokens: int
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    """The client is gone: free these sequences. No answer is sent."""
+
+    sequence_ids: list[int]
+
+
+class DropClient(msgspec.Struct, tag="drop", array_like=True):
+    """An API process died: abort all it had."""
+
+    client_id: int
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+    """End the engine process after the current step."""
+
+
+EngineCommand = AddRequest | Finish | Abort | DropClient | Shutdown
+
+
+class Logprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position: ids and their values, parallel.
+
+    Entry 0 is the token itself; then the top-n in falling order; then `logprob_token_ids` in the order named. An id may
+    occur more than once. Values are natural logs of the model's own distribution, before temperature, penalties or bias.
+    """
+
+    ids: list[int]
+    values: list[float]
+
+
+class PromptLogprobs(msgspec.Struct, array_like=True):
+    """Logprobs of the prompt tokens at positions `start`, `start + 1`, … of one request (sent for its first sequence)."""
+
+    sequence_id: int
+    start: int
+    positions: list[Logprobs]
+
+
+class Finished(msgspec.Struct, array_like=True):
+    """The last word on a sequence. reason: "stop" (EOS or a stop id, then in `stop_token_id`), "length", "abort" or "error".
+
+    The stopping token is the last of the sequence's tokens already sent. num_cached_tokens: prompt tokens taken from
+    the prefix cache. queue_seconds: from arrival at the engine to first being scheduled.
+    """
+
+    sequence_id: int
+    reason: str
+    stop_token_id: int | None
+    num_cached_tokens: int
+    queue_seconds: float
+    error: str | None = None
+
+
+class StepOutput(msgspec.Struct, tag="step", array_like=True):
+    """Everything one engine step has for one API process.
+
+    sequence_ids and token_ids are parallel, one entry for each new token, in order; logprobs is parallel to them or
+    empty when no sequence in it asked.
+    """
+
+    epoch: int
+    sequence_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[Logprobs | None]
+    prompt_logprobs: list[PromptLogprobs]
+    finished: list[Finished]
+
+
+class VariantInfo(msgspec.Struct, array_like=True):
+    """One loaded variant. fingerprint seeds its prefix hashes; bytes are of stored weights, own and shared with others."""
+
+    name: str
+    fingerprint: bytes
+    block_size: int
+    own_bytes: int
+    shared_bytes: int
+
+
+class EngineInfo(msgspec.Struct, array_like=True):
+    """What an API process must know of the engine to validate and hash. Lengths and counts are in tokens or blocks."""
+
+    max_model_len: int
+    vocab_size: int  # ids the tokenizer knows; larger ids are never sampled and not accepted
+    eos_token_ids: list[int]
+    default_variant: str
+    variants: list[VariantInfo]
+    num_blocks: int
+    max_num_seqs: int
+    enable_prefix_caching: bool
+    device: str
+    dtype: str
+
+
+class VariantStats(msgspec.Struct, array_like=True):
+    """Running totals of one variant since the engine started, and two gauges. Seconds are device time."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # prompt tokens found
+    running: int = 0
+    waiting: int = 0
+
+
+class EngineStats(msgspec.Struct, array_like=True):
+    """The engine at one moment. busy_seconds: how long the present step has been running (0 when idle)."""
+
+    steps: int
+    busy_seconds: float
+    blocks_total: int
+    blocks_used: int  # referenced by a sequence
+    blocks_cached: int  # free, but holding a reusable prefix
+    variants: dict[str, VariantStats]
+
+
+class EngineReady(msgspec.Struct, tag="ready", array_like=True):
+    epoch: int
+    info: EngineInfo
+
+
+class EngineReport(msgspec.Struct, tag="engine", array_like=True):
+    """The engine's heartbeat, from a thread of its own, twice a second."""
+
+    epoch: int
+    stats: EngineStats
+
+
+class ApiReport(msgspec.Struct, tag="api", array_like=True):
+    """An API process is listening; counter deltas since its last report, keyed by (metric, label values …)."""
+
+    client_id: int
+    listening: bool
+    deltas: dict[str, float]
+
+
+Report = EngineReady | EngineReport | ApiReport
+
+
+class Status(msgspec.Struct, tag="status", array_like=True):
+    """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no heartbeat)."""
+
+    epoch: int
+    state: str
+    info: EngineInfo | None
+    stats: EngineStats | None
+    totals: dict[str, float]

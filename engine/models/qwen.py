@@ -1,0 +1,88 @@
+"""The forward pass of Qwen2, Qwen2.5 and Qwen3 (dense), top to bottom.
+
+Family differences are fields of `ModelConfig`: a bias on q, k and v (Qwen2) or RMSNorm on each head of q and k (Qwen3),
+a tied head or not. The model never hears of variants: it is given its matrices.
+
+Letters: T tokens of the batch, H hidden, I intermediate, Hq and Hkv query and KV heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine import kernels
+from engine.config import ModelConfig
+from engine.kernels import AttentionPlan
+from engine.quant.linear import Linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's weights. Norms are shared by all variants; the four matrices are the variant's."""
+
+    input_norm: Tensor  # [H]
+    qkv: Linear  # H -> (Hq + 2 Hkv) * D
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    out: Linear  # Hq * D -> H
+    post_norm: Tensor  # [H]
+    gate_up: Linear  # H -> 2 I
+    down: Linear  # I -> H
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One variant's share of a step, as the forward needs it."""
+
+    token_ids: Tensor  # [T] int32
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int32: block * block_size + offset
+    block_tables: Tensor  # [S, max_blocks] int32
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True)
+class Qwen:
+    """One variant's model tree."""
+
+    config: ModelConfig
+    embedding: Tensor  # [V, H]
+    layers: list[Layer]
+    norm: Tensor  # [H]
+    head: Linear  # H -> V
+    rotary: Tensor  # [max_len, D] float32
+
+    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+        """Hidden states after the last norm, [T, H]. kv: [num_layers, 2, num_blocks, block_size, Hkv, D], written to."""
+        c = self.config
+        scale = c.head_dim**-0.5
+        residual = torch.nn.functional.embedding(batch.token_ids, self.embedding)  # [T, H]
+        x = kernels.rms_norm(residual, self.layers[0].input_norm, c.rms_norm_eps)
+        for i, layer in enumerate(self.layers):
+            k_cache, v_cache = kv[i, 0], kv[i, 1]
+            q = kernels.rope_and_store(
+                layer.qkv(x),
+                layer.q_norm,
+                layer.k_norm,
+                c.rms_norm_eps,
+                self.rotary,
+                batch.positions,
+                k_cache,
+                v_cache,
+                batch.slots,
+            )  # [T, Hq, D]
+            x = kernels.attention(q, k_cache, v_cache, batch.block_tables, batch.plan, scale)
+            x = layer.out(x.view(-1, c.num_heads * c.head_dim))  # [T, H]
+            x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, c.rms_norm_eps)
+            x = layer.down(kernels.silu_mul(layer.gate_up(x)))  # [T, H]
+            last = i + 1 == len(self.layers)
+            norm = self.norm if last else self.layers[i + 1].input_norm
+            x, residual = kernels.add_rms_norm(x, residual, norm, c.rms_norm_eps)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> [N, V] float32."""
+        return self.head(hidden).float()

@@ -1,0 +1,268 @@
+"""Runs scheduled steps on the device: variants, the KV pool, the tables, and what comes back.
+
+`launch` queues a whole step and returns at once; `Flight.wait` blocks until its results are on the host. Nothing between
+reads a device value on the host, so that the next step can be scheduled and queued while this one runs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Assembled, Tables, assemble
+from engine.config import EngineConfig, ModelConfig, ModelError
+from engine.models.qwen import Qwen
+from engine.quant.formats import Format, parse_format
+from engine.quant.variants import Variant, build_variants
+from engine.sampling import gather_logprobs, plan_sampling, sample
+from engine.scheduler import Scheduled
+from engine.sequence import Sequence
+from engine.transfer import to_device, to_host
+from engine.weights import DummyCheckpoint, SafetensorsCheckpoint
+
+CPU_KV_BYTES = 1 << 30  # the pool's default size on a CPU
+PROMPT_LOGPROB_ROWS = 256  # prompt positions that go through the head at one time
+
+
+@dataclass(frozen=True)
+class PromptPiece:
+    """Prompt logprobs of one sequence computed in one step: positions `start` on, from row `offset` of the batch's."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    offset: int
+
+
+@dataclass
+class VariantFlight:
+    """One variant's share of a step under way. Host tensors are valid once the step has been waited for."""
+
+    variant: str
+    assembled: Assembled
+    tokens: Tensor  # [N] int64
+    ids: Tensor | None  # [N, 1 + K + P] int64
+    values: Tensor | None
+    num_top: int  # K
+    prompt_pieces: list[PromptPiece]
+    prompt_ids: Tensor | None  # [positions, 1 + K] int64
+    prompt_values: Tensor | None
+    clock: PhaseTimer
+
+
+@dataclass
+class Flight:
+    """A step under way."""
+
+    variants: list[VariantFlight]
+    failed: list[Sequence]  # the device had no memory for them
+
+    def wait(self) -> None:
+        for flight in self.variants:
+            flight.clock.wait()
+
+
+class PhaseTimer:
+    """Device time from construction to `stop`, in seconds: CUDA events, or the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = None
+        if device.type == "cuda":
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record()
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def wait(self) -> None:
+        if self._events:
+            self._events[1].synchronize()
+
+    def seconds(self) -> float:
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._end - self._start
+
+
+class Runner:
+    """Loads the variants and owns all device memory."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, num_ids: int) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.num_ids = num_ids
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, model_config.dtype, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        formats = [parse_format(name) for name in config.variants]
+        max_len = config.max_model_len or model_config.max_position_embeddings
+        self.variants = self._load(formats, max_len)
+        self.num_blocks = self._pool_blocks(config.max_num_batched_tokens, max_len)
+        self.max_model_len = min(max_len, self.num_blocks * config.block_size)
+        if config.max_model_len > self.max_model_len:
+            raise ModelError(
+                f"max_model_len {config.max_model_len} does not fit the KV pool of "
+                f"{self.num_blocks * config.block_size} tokens; lower it or enlarge the pool"
+            )
+        c = model_config
+        self.kv = torch.zeros(
+            (c.num_layers, 2, self.num_blocks, config.block_size, c.num_kv_heads, c.head_dim),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
+
+    def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
+        c = self.model_config
+        if self.config.load_format == "dummy":
+            with DummyCheckpoint(c, self.dtype, self.device) as dummy:
+                return build_variants(c, dummy, formats, max_len, self.device, self.dtype)
+        with SafetensorsCheckpoint(self.config.model) as checkpoint:
+            return build_variants(c, checkpoint, formats, max_len, self.device, self.dtype)
+
+    def _pool_blocks(self, max_batched: int, max_len: int) -> int:
+        """Blocks of the KV pool: as configured, or what memory allows."""
+        c, size = self.model_config, self.config.block_size
+        block_bytes = 2 * c.num_layers * size * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+        if self.config.kv_cache_tokens:
+            return -(-self.config.kv_cache_tokens // size)
+        if self.device.type == "cpu":
+            return max(CPU_KV_BYTES // block_bytes, -(-max_len // size))
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        # The largest tensors of a step: activations of the widest layer, and the logits with their float32 copies.
+        widest = 2 * c.intermediate_size + 6 * c.hidden_size + 2 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        step = max_batched * widest * self.dtype.itemsize
+        logits = 6 * max(self.config.max_num_seqs, PROMPT_LOGPROB_ROWS) * c.vocab_size * 4
+        room = int(total * self.config.gpu_memory_utilization) - (total - free) - step - logits
+        if room < block_bytes * -(-min(max_len, 1024) // size):
+            raise ModelError(
+                f"the weights leave {room / 2**30:.1f} GiB of {total / 2**30:.1f} GiB for the KV pool: serve fewer "
+                "variants, raise gpu_memory_utilization or lower max_num_seqs"
+            )
+        return room // block_bytes
+
+    @torch.inference_mode()
+    def launch(
+        self,
+        step: dict[str, list[Scheduled]],
+        admitted: list[Sequence],
+        new_blocks: list[tuple[int, int, int]],
+    ) -> Flight:
+        """Queue a step on the device. What does not fit its memory fails alone, the rest of the step goes on."""
+        self.tables.update(admitted, new_blocks)
+        flight = Flight([], [])
+        for variant, scheduled in step.items():
+            while scheduled:
+                try:
+                    flight.variants.append(self._launch_variant(variant, scheduled))
+                    break
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    failed = self._largest(scheduled)
+                    flight.failed.extend(failed)
+                    scheduled = [s for s in scheduled if s.sequence not in failed]
+        return flight
+
+    def _largest(self, scheduled: list[Scheduled]) -> list[Sequence]:
+        """The sequence with most tokens in this batch, and those that share blocks it was to compute in it."""
+        largest = max(scheduled, key=lambda s: s.num_tokens)
+        computed = set(largest.sequence.blocks[largest.start // self.config.block_size :])
+        return [s.sequence for s in scheduled if s is largest or computed & set(s.sequence.blocks)]
+
+    def _launch_variant(self, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
+        clock = PhaseTimer(self.device)
+        model = self.variants[variant].model
+        tables = self.tables
+        a = assemble(scheduled, tables, self.config.block_size)
+        hidden = model.forward(a.batch, self.kv)  # [T, H]
+        pieces, prompt_ids, prompt_values = self._prompt_logprobs(model, hidden, a)
+        ids = values = None
+        tokens, num_top = a.sample_rows, 0
+        if a.sampled:
+            plan = plan_sampling(a.sampled)
+            num_top = max(0, plan.num_logprobs)
+            sampled = sample(
+                model.logits(hidden[a.sample_index]),
+                a.sample_rows,
+                a.sample_positions,
+                tables.floats,
+                tables.ints,
+                tables.tokens,
+                self.num_ids,
+                plan,
+            )
+            tables.tokens[a.sample_rows, a.sample_positions.long()] = sampled.tokens.int()
+            tokens = to_host(sampled.tokens)
+            if sampled.ids is not None and sampled.values is not None:
+                ids, values = to_host(sampled.ids), to_host(sampled.values)
+        for piece in pieces:
+            piece.sequence.next_prompt_logprob = piece.start + piece.count
+        clock.stop()
+        return VariantFlight(variant, a, tokens, ids, values, num_top, pieces, prompt_ids, prompt_values, clock)
+
+    def _prompt_logprobs(
+        self, model: Qwen, hidden: Tensor, a: Assembled
+    ) -> tuple[list[PromptPiece], Tensor | None, Tensor | None]:
+        """Logprobs of the prompt tokens that this step's hidden states predict, through the head a chunk at a time.
+
+        Returns the pieces and, on their way to the host, ids and values [positions, 1 + K].
+        """
+        pieces: list[PromptPiece] = []
+        rows: list[int] = []  # hidden states of the batch
+        targets: list[tuple[int, int]] = []  # (row of the tables, position) of the token each predicts
+        top = first = 0
+        for s in a.scheduled:
+            q, end = s.sequence, s.start + s.num_tokens
+            begin, stop = max(q.next_prompt_logprob, s.start + 1), min(end + 1, q.prompt_len)
+            if begin < stop:
+                pieces.append(PromptPiece(q, begin, stop - begin, len(rows)))
+                rows.extend(range(first + begin - 1 - s.start, first + stop - 1 - s.start))
+                targets.extend((q.row, position) for position in range(begin, stop))
+                top = max(top, q.params.prompt_logprobs or 0)
+            first += s.num_tokens
+        if not pieces:
+            return [], None, None
+        index = to_device(np.array(rows), self.device)
+        where = to_device(np.array(targets).T, self.device)  # [2, positions]
+        tokens = self.tables.tokens[where[0], where[1]].long()
+        chunks = [
+            gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
+            for i, t in zip(index.split(PROMPT_LOGPROB_ROWS), tokens.split(PROMPT_LOGPROB_ROWS), strict=True)
+        ]
+        return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError("no CUDA GPU is available; use --device cpu")
+        return torch.device("cuda", device.index or 0)
+    if device.type != "cpu":
+        raise ModelError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def pick_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The computing dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = checkpoint if device.type == "cuda" else "float32"
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ModelError(f"dtype {name!r} is not supported; use auto, {', '.join(dtypes)}")
+    return dtypes[name]
