@@ -16,7 +16,8 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """weight[N, K] (fp32, bf16 or fp16) -> qdata[N, K] in `dtype` (int8 or float8_e4m3fn), scale[N, 1] fp32.
 
     The scale is computed in the weight's dtype and then widened, as torchao does: a bf16 weight gets a scale of eight
-    significant bits. One difference: an fp8 row of zeros is stored as zeros with scale 0; torchao stores NaN (0 / 0).
+    significant bits. One difference: an fp8 row whose scale is 0 (zeros, or too small for fp16) is stored as zeros;
+    torchao stores NaN there (0 / 0).
     """
     largest = weight.abs().amax(dim=1, keepdim=True)
     if dtype == torch.int8:

@@ -69,20 +69,19 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
         qdata, scale = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2048, 1)
         for tile in matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT:
             matmul.weight_only_matmul(torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype), qdata, scale, weight)
-    # Qwen3-0.6B and 1.7B (D 128, G 2), Qwen2.5-1.5B (G 6), Qwen2.5-0.5B (D 64, G 7).
-    for num_heads, num_kv_heads, head_dim in ((16, 8, 128), (12, 2, 128), (14, 2, 64)):
-        attend(num_heads, num_kv_heads, head_dim, dtype)
+    attend(16, 8, 128, dtype, qk_norm=True)  # Qwen3-0.6B and 1.7B
+    attend(14, 2, 64, dtype, qk_norm=False)  # Qwen2.5-0.5B
     return sorted(compiled.values())
 
 
-def attend(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def attend(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, *, qk_norm: bool) -> None:
     lens = np.array([1, 3])
     index = torch.zeros(4, dtype=torch.int32)
     tiles = torch.from_numpy(plan_tiles(lens, 1))
     plan = AttentionPlan(index[:2], index[:3], index[:2], lens, lens, 1, tiles)
     pool = torch.zeros(2, 16, num_kv_heads, head_dim, dtype=dtype)
     qkv = torch.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-    norm = torch.zeros(head_dim, dtype=dtype) if num_heads == 16 else None
+    norm = torch.zeros(head_dim, dtype=dtype) if qk_norm else None
     cos_sin = torch.zeros(16, head_dim)
     q = fused.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, pool, pool, index)
     tables = torch.zeros(2, 4, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Builders that the kernel tests share: paged batches whose pool is NaN wherever nothing may read, and their definition."""
+"""Builders that the kernel tests share: paged batches whose pool is NaN where nothing may read, and what they mean."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ def make_batch(
     device: str = "cpu",
     apart: bool = False,
 ) -> PagedBatch:
-    """`heads` is (Hq, Hkv, D). apart: blocks do not lie next to each other in memory. Table rows are shuffled, entries past
-    a context are out of range, and the pool is NaN past each context."""
+    """`heads` is (Hq, Hkv, D). apart: blocks do not lie next to each other in memory.
+
+    Table rows are shuffled, entries past a context are out of range, and the pool is NaN past each context.
+    """
     num_heads, num_kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(0)
     counts = [-(-c // block_size) for c in context_lens]

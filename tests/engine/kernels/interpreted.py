@@ -1,7 +1,8 @@
-"""Every Triton kernel against its twin under Triton's interpreter, on a CPU. Run by test_kernels.py in a process of its own:
-TRITON_INTERPRET must be set before Triton is imported.
+"""Every Triton kernel against its twin under Triton's interpreter, on a CPU.
 
-Shapes are at most two tiles a side and a remainder. Outputs come from `torch.empty` filled with NaN.
+Run by test_kernels.py in a process of its own: TRITON_INTERPRET must be set before Triton is imported. Shapes are at
+most two tiles a side and a remainder. The interpreter of Triton 3.6 knows no product of bfloat16 (it multiplies the
+bits as integers) and no int8 to bfloat16, so 16-bit products are tested in float16 here, and in both by test_gpu.py.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ def test_attention_over_blocks_that_lie_apart(block_size, paged_batch):
     torch.testing.assert_close(out, kernels.attention(*batch.args(0.1)), **FP32_TOLERANCE)
 
 
-def test_attention_in_bfloat16(paged_batch):
-    batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), dtype=torch.bfloat16)
+def test_attention_in_float16(paged_batch):
+    batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), dtype=torch.float16)
     out = torch.full_like(batch.q, torch.nan)
     paged_attention.decode(*batch.args(0.1), 2, out)
     paged_attention.prefill(*batch.args(0.1), out)
     expected = kernels.attention(*batch.widened(0.1))
-    torch.testing.assert_close(out.float(), expected, **BF16_TOLERANCE)
+    torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=2e-3)
 
 
 # (M, N, K): inside one tile of the narrow shape, past it in each direction, and the wide shape.
@@ -132,8 +133,7 @@ def test_weight_only_matmul(shape, stored):
 
 
 def test_weight_only_matmul_widens_every_code():
-    """x picks one column each: the product is the value of every finite fp8 and int8 code, exactly. In fp16, because the
-    interpreter of Triton 3.6 takes an int8's value for a bfloat16's bits; test_gpu.py has both."""
+    """x picks one column each: the product is the value of every finite fp8 and int8 code, exactly."""
     codes = torch.arange(256, dtype=torch.uint8)
     fp8 = torch.where(codes & 0x7F == 0x7F, 0, codes).view(torch.float8_e4m3fn)
     for qdata in (codes.view(torch.int8), fp8):

@@ -30,6 +30,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.timeout(300)
 def test_kernels_equal_their_twins_under_the_interpreter():
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py"), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,6 +52,7 @@ def compilations(tmp_path_factory: pytest.TempPathFactory):
         }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("capability", "dtype"), COMPILED)
 def test_kernels_compile_and_fit(
     capability: int, dtype: str, compilations: dict[tuple[int, str], Future[subprocess.CompletedProcess[str]]]

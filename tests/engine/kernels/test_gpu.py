@@ -1,0 +1,189 @@
+"""The Triton kernels on a GPU, at the shapes of Qwen3-0.6B, 1.7B, 8B and Qwen2.5-1.5B, against their twins in fp32.
+
+Every launch runs where waiting for the device is an error. Bounds: outputs are rounded to bf16 once (2^-9) and
+probabilities once (2^-9, averaged over the context); a norm or a rotation rounds two or three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import kernels
+from engine.kernels import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels need one"),
+]
+
+HEADS = {"Qwen3-0.6B and 1.7B": (16, 8, 128), "Qwen3-8B": (32, 8, 128), "Qwen2.5-1.5B": (12, 2, 128)}
+# (hidden, intermediate, qkv width, attention width, qkv bias)
+LINEARS = {
+    "Qwen3-0.6B": (1024, 3072, 4096, 2048, False),
+    "Qwen3-1.7B": (2048, 6144, 4096, 2048, False),
+    "Qwen3-8B": (4096, 12288, 6144, 4096, False),
+    "Qwen2.5-1.5B": (1536, 8960, 2048, 1536, True),
+}
+ATTENTION_BOUND = {"atol": 4e-3, "rtol": 1.6e-2}
+NORM_BOUND = {"atol": 2e-2, "rtol": 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32() -> None:
+    torch.manual_seed(0)
+    assert not torch.backends.cuda.matmul.allow_tf32, "the twins must compute in full fp32"
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+MIXES = {
+    "one long decode": ([1], [5000], 1),
+    "64 decodes": ([1] * 64, [17 + 31 * i for i in range(64)], 64),
+    "decodes and padding": ([1] * 8, [1, 0, 15, 16, 17, 64, 65, 0], 8),
+    "prompt": ([2048], [2048], 0),
+    "chunk": ([300], [1500], 0),
+    "mixed": ([1, 1, 1, 100, 65, 1, 513], [700, 3, 64, 100, 129, 40, 900], 3),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("model", HEADS)
+def test_attention(model, mix, paged_batch):
+    batch = paged_batch(*MIXES[mix], heads=HEADS[model], dtype=torch.bfloat16, device="cuda")
+    scale = HEADS[model][2] ** -0.5
+    with never_waiting():
+        got = kernels.attention(*batch.args(scale))
+    torch.testing.assert_close(got.float(), reference.attention(*batch.widened(scale)), **ATTENTION_BOUND)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("heads", [(14, 2, 64), (8, 1, 128), (3, 3, 128)])
+def test_attention_in_other_types_and_groups(heads, dtype, bound, paged_batch, naive_attention):
+    batch = paged_batch(*MIXES["mixed"], heads=heads, block_size=32, dtype=dtype, device="cuda", apart=True)
+    with never_waiting():
+        got = kernels.attention(*batch.args(0.1))
+    torch.testing.assert_close(got.cpu().double(), naive_attention(batch, 0.1), atol=bound, rtol=bound)
+
+
+def test_pools_beyond_two_to_the_31_elements(paged_batch):
+    """The last blocks of a pool of 2^31 + elements are read and written where they are."""
+    far, heads = 1 << 17, (16, 8, 128)
+    batch = paged_batch(*MIXES["mixed"], heads=heads, dtype=torch.bfloat16, device="cuda")
+    used = len(batch.k_cache)
+    k_cache, v_cache = torch.empty(2, far + used, 16, *heads[1:], dtype=torch.bfloat16, device="cuda")
+    assert k_cache.numel() > 1 << 31
+    k_cache[far:], v_cache[far:] = batch.k_cache, batch.v_cache
+    got = kernels.attention(batch.q, k_cache, v_cache, batch.block_tables + far, batch.plan, 0.1)
+    assert torch.equal(got, kernels.attention(*batch.args(0.1)))
+    num_tokens = 4
+    qkv = torch.randn(num_tokens, 32 * 128, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+    slots = positions + far * 16
+    cos_sin = torch.zeros(num_tokens, 128, device="cuda")
+    kernels.rope_and_store(qkv, None, None, 1e-6, cos_sin, positions, k_cache, v_cache, slots)
+    assert torch.equal(v_cache[far, :num_tokens].flatten(1), qkv[:, 24 * 128 :])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+@pytest.mark.parametrize("model", LINEARS)
+def test_norms_and_silu(model, num_tokens):
+    hidden, intermediate, *_ = LINEARS[model]
+    x, residual = torch.randn(2, num_tokens, hidden, device="cuda").bfloat16()
+    weight = torch.randn(hidden, device="cuda").bfloat16()
+    gate_up = torch.randn(num_tokens, 2 * intermediate, device="cuda").bfloat16()
+    with never_waiting():
+        normed = kernels.rms_norm(x, weight, 1e-6)
+        sum_normed, total = kernels.add_rms_norm(x, residual, weight, 1e-6)
+        gated = kernels.silu_mul(gate_up)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(normed.float(), reference.rms_norm(x.float(), weight.float(), 1e-6), **NORM_BOUND)
+    expected = reference.rms_norm(total.float(), weight.float(), 1e-6)
+    torch.testing.assert_close(sum_normed.float(), expected, **NORM_BOUND)
+    torch.testing.assert_close(gated.float(), reference.silu_mul(gate_up.float()), **NORM_BOUND)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+@pytest.mark.parametrize("model", HEADS)
+def test_rope_and_store(model, num_tokens, rope_case):
+    case = rope_case(num_tokens, HEADS[model], norm=not model.startswith("Qwen2.5"), dtype=torch.bfloat16)
+    got = case.on_fresh_pool(kernels.rope_and_store, "cuda")
+    wide = replace(
+        case,
+        qkv=case.qkv.float(),
+        q_norm=None if case.q_norm is None else case.q_norm.float(),
+        k_norm=None if case.k_norm is None else case.k_norm.float(),
+        k_cache=case.k_cache.float(),
+        v_cache=case.v_cache.float(),
+    )
+    expected = wide.on_fresh_pool(reference.rope_and_store, "cuda")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.float(), b, equal_nan=True, atol=4e-2, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 17, 64, 65, 1000])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("model", LINEARS)
+def test_weight_only_matmul(model, stored, num_rows):
+    hidden, intermediate, qkv, attention, has_bias = LINEARS[model]
+    shapes = [(qkv, hidden), (hidden, attention), (2 * intermediate, hidden), (hidden, intermediate)]
+    for i, (n, k) in enumerate(shapes):
+        x = torch.randn(num_rows, k, device="cuda").bfloat16()
+        qdata = (torch.randn(n, k, device="cuda") * 40).clamp(-128, 127).to(stored)
+        scale = torch.rand(n, 1, device="cuda") / 1000
+        bias = torch.randn(n, device="cuda").bfloat16() if has_bias and i == 0 else None
+        with never_waiting():
+            got = kernels.weight_only_matmul(x, qdata, scale, bias)
+        expected = reference.weight_only_matmul(x.float(), qdata, scale, None if bias is None else bias.float())
+        torch.testing.assert_close(got.float(), expected, rtol=4e-3, atol=float(expected.std()) * 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [16, 33, 100])
+def test_weight_only_matmul_widens_every_code(num_rows, dtype):
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    fp8 = torch.where(codes & 0x7F == 0x7F, 0, codes).view(torch.float8_e4m3fn)
+    scale = torch.ones(5, 1, device="cuda")
+    for qdata in (codes.view(torch.int8), fp8):
+        x = torch.eye(256, device="cuda", dtype=dtype)
+        for first in range(0, 256, num_rows):
+            rows = x[first : first + num_rows]
+            got = kernels.weight_only_matmul(rows, qdata.view(torch.int8).repeat(5, 1).view(qdata.dtype), scale)
+            expected = qdata[first : first + num_rows].float()[:, None].expand(-1, 5)
+            assert torch.equal(got.float(), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 33, 257), (50, 70, 1001), (130, 129, 77)])
+def test_weight_only_matmul_in_fp32_at_odd_shapes(shape):
+    m, n, k = shape
+    x, scale = torch.randn(m, k, device="cuda"), torch.rand(n, 1, device="cuda")
+    qdata = (torch.randn(n, k, device="cuda") * 40).clamp(-128, 127).to(torch.int8)
+    got = kernels.weight_only_matmul(x, qdata, scale)
+    expected = x.double() @ (qdata.double() * scale).T
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=float(expected.std()) * 1e-5)
+
+
+def test_a_captured_decode_follows_the_device_not_the_host(paged_batch):
+    """A CUDA graph captured for long contexts gives the right answer when replayed for shorter ones."""
+    heads, scale = HEADS["Qwen3-0.6B and 1.7B"], 128**-0.5
+    batch = paged_batch([1] * 4, [40, 700, 1, 0], 4, heads=heads, dtype=torch.bfloat16, device="cuda")
+    longest = replace(batch.plan, context_lens_host=batch.plan.context_lens_host * 0 + 4096)
+    args = (batch.q, batch.k_cache, batch.v_cache, batch.block_tables)
+    kernels.attention(*args, longest, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.attention(*args, longest, scale)
+    out.fill_(torch.nan)
+    graph.replay()
+    torch.testing.assert_close(out.float(), reference.attention(*batch.widened(scale)), **ATTENTION_BOUND)
