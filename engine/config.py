@@ -107,12 +107,12 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any], source: 
         raise ModelError(f"{source}: model_type {family!r} is not supported; supported: qwen2 (Qwen2, Qwen2.5), qwen3")
 
     def need(key: str, kind: type) -> Any:
-        value = raw.get(key)
+        value: Any = raw.get(key)
         if kind is float and isinstance(value, int):
             value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not isinstance(value, kind):
             raise ModelError(f"{source}: {key} must be a {kind.__name__}, got {value!r}")
-        if not value > 0 or (kind is float and not math.isfinite(value)):
+        if not (value > 0 and math.isfinite(value)):
             raise ModelError(f"{source}: {key} must be positive, got {value!r}")
         return value
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: list[str] | list[list[int]],
+        prompts: Sequence[str | list[int]],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         variant: str | None = None,
         use_tqdm: bool = True,
@@ -132,7 +133,7 @@ class LLM:
         groups: list[list[_Output]] = []
         requests: list[AddRequest] = []
         for prompt, p in zip(prompts, params, strict=True):
-            ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+            ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
             check_params(p, ids, info.max_model_len, info.vocab_size)
             if p.stop and (self._table is None or not p.detokenize):
                 raise ValueError("stop strings need a tokenizer and detokenize=True")

@@ -70,9 +70,9 @@ class PhaseTimer:
     """Device time from construction to `stop`, in seconds: CUDA events, or the clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = None
+        self._events: tuple[torch.Event, torch.Event] | None = None
         if device.type == "cuda":
-            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events = (torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True))
             self._events[0].record()
         self._start = time.perf_counter()
 
@@ -87,7 +87,7 @@ class PhaseTimer:
 
     def seconds(self) -> float:
         if self._events:
-            return self._events[0].elapsed_time(self._events[1]) / 1e3
+            return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._end - self._start
 
 
@@ -236,7 +236,7 @@ class Runner:
         tokens = self.tables.tokens[where[0], where[1]].long()
         chunks = [
             gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
-            for i, t in zip(index.split(PROMPT_LOGPROB_ROWS), tokens.split(PROMPT_LOGPROB_ROWS), strict=True)
+            for i, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (index, tokens)), strict=True)
         ]
         return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))
 

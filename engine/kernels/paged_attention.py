@@ -50,7 +50,7 @@ def prefill_tile(dtype: torch.dtype) -> Tile:
 
 
 def decode_tile(dtype: torch.dtype) -> Tile:
-    return Tile(_DECODE_ROWS, 32, 4, 2) if dtype == torch.float32 else Tile(_DECODE_ROWS, 64, 4, 2)
+    return Tile(_DECODE_ROWS, 32, 8, 2) if dtype == torch.float32 else Tile(_DECODE_ROWS, 64, 4, 2)
 
 
 @triton.jit

@@ -11,9 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from engine.kernels import AttentionPlan
 
-_PREFILL_CHUNK = (
-    512  # queries per call of SDPA: bounds the mask at 512 x context and skips most of what causality hides
-)
+_DECODE_CHUNK = 1 << 17  # elements of K gathered at once: a copy that stays in cache beats one that goes to memory
+_PREFILL_CHUNK = 512  # queries per call of SDPA: bounds the mask and skips most of what causality hides
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -87,7 +86,7 @@ def attention(
 def _decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """q[B, Hq, D], one query of each of the first B sequences: all contexts gathered at once, padded to the longest."""
+    """q[B, Hq, D], one query of each of the first B sequences: a few sequences at a time, padded to their longest."""
     batch, num_kv_heads, head_dim = q.shape[0], k_cache.shape[2], q.shape[2]
     contexts = plan.context_lens_host[:batch]
     longest = int(contexts.max())
@@ -96,16 +95,25 @@ def _decode(
     visible = torch.arange(longest, device=q.device) < plan.context_lens[:batch, None]  # [B, C]
     slots = _slots(block_tables[plan.rows[:batch]], longest, k_cache.shape[1])
     # Padding gathers the sequence's first position again: nothing past a context is read, so it may hold anything.
-    slots = torch.where(visible, slots, slots[:, :1]).clamp_(min=0).view(-1)
-    shape = (batch, longest, num_kv_heads, head_dim)
-    k, v = _gather(k_cache, slots).view(shape), _gather(v_cache, slots).view(shape)
+    slots = torch.where(visible, slots, slots[:, :1]).clamp_(min=0)
     grouped = q.reshape(batch, num_kv_heads, -1, head_dim)  # the G queries of a KV head are rows of one product
-    out = F.scaled_dot_product_attention(
-        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible[:, None, None], scale=scale
-    ).reshape(q.shape)
+    out = torch.empty_like(grouped)
+    step = max(1, _DECODE_CHUNK // (longest * num_kv_heads * head_dim))
+    for first in range(0, batch, step):
+        part = slice(first, first + step)
+        length = max(int(contexts[part].max()), 1)
+        shape = (-1, length, num_kv_heads, head_dim)
+        own = slots[part, :length].reshape(-1)
+        out[part] = F.scaled_dot_product_attention(
+            grouped[part],
+            _gather(k_cache, own).view(shape).transpose(1, 2),
+            _gather(v_cache, own).view(shape).transpose(1, 2),
+            attn_mask=visible[part, None, None, :length],
+            scale=scale,
+        )
     if int(contexts.min()) == 0:
-        out = out.masked_fill(plan.context_lens[:batch, None, None] == 0, 0.0)
-    return out
+        out.masked_fill_(plan.context_lens[:batch, None, None, None] == 0, 0.0)
+    return out.view(q.shape)
 
 
 def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, context: int, scale: float) -> Tensor:

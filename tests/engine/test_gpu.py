@@ -1,0 +1,144 @@
+"""The engine on a GPU: the same tokens as the plain path, and a host that never waits in steady decode."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from engine import LLM, SamplingParams
+from engine.messages import AddRequest, pack_ids
+from engine.quant.quantize import quantize_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+VARIANTS = ["bf16", "int8-row", "fp8-row"]
+MARGIN = 2e-3  # float32 on the GPU, whose sums run in another order: closer choices than this may fall either way
+rng = random.Random(1)
+PROMPTS = [[rng.randrange(tiny.VOCAB) for _ in range(n)] for n in (5, 16, 33, 70, 130, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu")
+    return tiny.make_checkpoint(path, "qwen3", head_dim=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu2")
+    return tiny.make_checkpoint(path, "qwen2", hidden_size=384, num_attention_heads=6, num_key_value_heads=1)
+
+
+@pytest.fixture(autouse=True)
+def no_sync_check_left() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def agrees(folder: Path, prompt: list[int], got: list[int], variant: str) -> None:
+    """Every token is the reference's best, or within MARGIN of it, given the tokens before."""
+    logits = tiny.reference_logits(folder, prompt + got[:-1], variant)[len(prompt) - 1 :]
+    best, chosen = logits.max(-1).values, logits[torch.arange(len(got)), got]
+    assert (best - chosen).max() <= MARGIN
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 320}, {"max_num_batched_tokens": 48}, {"overlap": False}])
+def test_greedy_tokens_agree_with_the_reference(folder: Path, qwen2_folder: Path, options: dict[str, int]) -> None:
+    for path in (folder, qwen2_folder):
+        settings = {"kv_cache_tokens": 4096, "max_num_seqs": 16, "dtype": "float32", **options}
+        llm = LLM(path, variants=VARIANTS, device="cuda", **settings)
+        for variant in VARIANTS:
+            for _ in range(2):  # the second time with prefix hits
+                params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+                outputs = llm.generate(PROMPTS, params, variant=variant, use_tqdm=False)
+                for prompt, out in zip(PROMPTS, outputs, strict=True):
+                    assert len(out["token_ids"]) == 48
+                    agrees(path, prompt, out["token_ids"], variant)
+        assert llm.engine.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_the_same_on_every_device(dtype: torch.dtype, stored: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(2048, 1024) * 0.02).to(dtype)
+    on_cpu, on_gpu = quantize_rows(weight, stored), quantize_rows(weight.cuda(), stored)
+    assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
+    assert torch.equal(on_gpu[0].cpu().view(torch.uint8), on_cpu[0].view(torch.uint8))
+
+
+def test_prompt_logprobs_agree_with_the_reference(folder: Path) -> None:
+    llm = LLM(folder, device="cuda", dtype="float32", kv_cache_tokens=4096)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3)
+    for prompt, out in zip(PROMPTS, llm.generate(PROMPTS, params, use_tqdm=False), strict=True):
+        want = tiny.reference_logits(folder, prompt).log_softmax(-1)
+        for position in range(1, len(prompt)):
+            got = out["prompt_logprobs"][position]
+            torch.testing.assert_close(torch.tensor(got.values), want[position - 1, got.ids], atol=MARGIN, rtol=0)
+
+
+def test_seeded_draws_do_not_depend_on_the_batch(folder: Path) -> None:
+    llm = LLM(folder, device="cuda", dtype="float32", kv_cache_tokens=4096)
+    mine = SamplingParams(temperature=1, top_p=0.9, seed=11, max_tokens=40, ignore_eos=True)
+    alone = llm.generate([[1, 2]], mine, use_tqdm=False)[0]["token_ids"]
+    other = SamplingParams(temperature=0.7, max_tokens=50, ignore_eos=True, top_k=5)
+    crowd = llm.generate([[3]] * 9 + [[1, 2]], [other] * 9 + [mine], use_tqdm=False)
+    assert crowd[9]["token_ids"] == alone
+
+
+KINDS = {
+    "greedy": SamplingParams(temperature=0, max_tokens=64, ignore_eos=True),
+    "drawn": SamplingParams(temperature=0.8, top_p=0.9, top_k=20, max_tokens=64, ignore_eos=True),
+    "edited": SamplingParams(
+        temperature=0.8, max_tokens=64, ignore_eos=True, presence_penalty=1, logit_bias={3: 1.0}, logprobs=5, min_tokens=60
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_steady_decode_never_waits_for_the_device(folder: Path, kind: str) -> None:
+    """Schedule and launch, three variants, any hidden synchronisation raising; results arrive one step late."""
+    llm = LLM(folder, variants=VARIANTS, device="cuda", dtype="bfloat16", kv_cache_tokens=8192)
+    engine = llm.engine
+    for i in range(12):
+        engine.add(AddRequest(i, VARIANTS[i % 3], pack_ids(PROMPTS[i % 5]), KINDS[kind], b"", []))
+    for _ in range(8):  # prefill, and every kernel compiled
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    tokens = 0
+    for _ in range(40):
+        tokens += len(engine.step().token_ids)
+    torch.cuda.set_sync_debug_mode("default")
+    assert tokens == 40 * 12
+    while engine.has_work:
+        engine.step()
+    assert engine.blocks.num_used == 0
+
+
+def test_running_out_of_memory_fails_one_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(folder, device="cuda", dtype="float32", kv_cache_tokens=4096)
+    engine = llm.engine
+    model = type(engine.runner.variants["bf16"].model)
+    forward = model.forward
+
+    def forward_or_fail(self: object, batch: object, kv: torch.Tensor) -> torch.Tensor:
+        if batch.token_ids.numel() > 100:  # type: ignore[attr-defined]
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        return forward(self, batch, kv)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "forward", forward_or_fail)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    for i, prompt in enumerate([PROMPTS[0], PROMPTS[4], PROMPTS[1]]):
+        engine.add(AddRequest(i, "bf16", pack_ids(prompt), params, b"", []))
+    ended = {}
+    while engine.has_work:
+        ended |= {f.sequence_id: f.reason for f in engine.step().finished}
+    assert ended == {0: "length", 1: "error", 2: "length"}
+    assert engine.blocks.num_used == 0
