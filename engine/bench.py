@@ -50,7 +50,9 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     doc = __doc__ or ""
-    parser = argparse.ArgumentParser("octavo-bench", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "octavo-bench", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("model", help="a local checkpoint folder")
     add("--variants", default="bf16", help="comma-separated; each is measured alone (default: bf16)")
@@ -94,7 +96,8 @@ def transformers(args: argparse.Namespace) -> dict[str, Contender]:
     on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
     dtype = ("auto" if on_gpu else "float32") if args.dtype == "auto" else args.dtype
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model = loaded.to(device).eval()
 
     def batched(prompts: Prompts, num_tokens: int) -> None:
         ids = torch.tensor(prompts, device=device)

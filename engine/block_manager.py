@@ -113,7 +113,7 @@ class BlockManager:
             self._pending.add(block)
 
     def mark_computed(self, block: int) -> None:
-        """The step being built computes the whole of this block: who is scheduled after may use it, even in that step."""
+        """The step being built computes the whole of this block: who comes after may use it, even in that step."""
         self._pending.discard(block)
 
     def discard(self, blocks: list[int]) -> None:

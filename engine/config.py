@@ -1,4 +1,4 @@
-"""Frozen settings: of the checkpoint (`ModelConfig`, read from its folder) and of the engine (`EngineConfig`). No torch here."""
+"""Frozen settings of the checkpoint (`ModelConfig`, read from its folder) and of the engine. No torch here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import msgspec
 
 
 class ModelError(ValueError):
-    """A checkpoint folder is missing, incomplete, broken or of an unsupported kind. The message is one line for the user."""
+    """A checkpoint folder is missing, incomplete, broken or of an unsupported kind. The message is one line for the
+    user.
+    """
 
 
 class YarnScaling(msgspec.Struct, frozen=True):
@@ -28,7 +30,7 @@ class YarnScaling(msgspec.Struct, frozen=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of one dense Qwen2, Qwen2.5 or Qwen3 checkpoint. Family differences are fields: `qkv_bias`, `qk_norm`."""
+    """The shape of one dense Qwen2, Qwen2.5 or Qwen3 checkpoint. Families differ in fields: `qkv_bias`, `qk_norm`."""
 
     vocab_size: int
     hidden_size: int
@@ -56,7 +58,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint's on a GPU and float32 on a CPU. load_format: "auto" reads safetensors, "dummy" makes random weights from
     the config alone. max_num_batched_tokens: the budget of one step over all variants. kv_cache_tokens: size of the KV
     pool in tokens; 0 takes `gpu_memory_utilization` of the GPU, or 64 Ki tokens on a CPU. overlap: step N+1 is launched
-    before the tokens of step N reach the host; None means on a GPU only. num_threads: of torch on a CPU; 0 is torch's own.
+    before the tokens of step N reach the host; None means on a GPU only. num_threads: of torch on a CPU; 0 is torch's
+    own.
     """
 
     model: str

@@ -1,9 +1,9 @@
 """The engine: add, abort, finish, step. No HTTP, no text, no asyncio; one thread.
 
 A step schedules, launches, and then takes in the results of the step before (with `overlap`) or of this one. With
-overlap the host never waits for the device in steady state: step N+1 is scheduled and queued while step N runs, a sampled
-id feeds the next step on the device, and the host learns of it one step late. A sequence that turns out to be finished
-costs one token that is dropped.
+overlap the host never waits for the device in steady state: step N+1 is scheduled and queued while step N runs, a
+sampled id feeds the next step on the device, and the host learns of it one step late. A sequence that turns out to be
+finished costs one token that is dropped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from engine.messages import (
     Finished,
     Logprobs,
     PromptLogprobs,
+    Started,
     VariantInfo,
     VariantStats,
     unpack_ids,
@@ -44,6 +45,7 @@ class StepResult:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs | None] = field(default_factory=list)  # parallel to the above
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
 
 
@@ -118,7 +120,9 @@ class Engine:
             self.scheduler.add(sequence)
 
     def abort(self, sequence_ids: list[int]) -> None:
-        """Free these sequences' blocks now; nothing more is said of them. Unknown ids are ignored (they may have ended)."""
+        """Free these sequences' blocks now; nothing more is said of them. Unknown ids are ignored (they may have
+        ended).
+        """
         for i in sequence_ids:
             sequence = self.sequences.pop(i, None)
             if sequence is not None:
@@ -181,6 +185,8 @@ class Engine:
                 continue
             sequence.token_ids.append(token)
             self.scheduler.token_arrived(sequence)
+            if len(sequence.token_ids) == sequence.prompt_len + 1:
+                self._start(sequence, result)
             result.sequence_ids.append(sequence.id)
             result.token_ids.append(token)
             logprobs = None
@@ -191,6 +197,7 @@ class Engine:
         for scheduled in a.scheduled:
             sequence = scheduled.sequence
             if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
+                self._start(sequence, result)
                 self._finish(sequence, "length", None, result)
 
     def _finish_if_done(self, sequence: Sequence, token: int, result: StepResult) -> None:
@@ -203,8 +210,12 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str, stop_token: int | None, result: StepResult) -> None:
         self.scheduler.finish(sequence)
         self.sequences.pop(sequence.id, None)
-        queued = (sequence.first_scheduled or sequence.arrival) - sequence.arrival
-        result.finished.append(Finished(sequence.id, reason, stop_token, sequence.num_cached_tokens, queued))
+        result.finished.append(Finished(sequence.id, reason, stop_token))
+
+    def _start(self, sequence: Sequence, result: StepResult) -> None:
+        assert sequence.first_scheduled is not None
+        queued = sequence.first_scheduled - sequence.arrival
+        result.started.append(Started(sequence.id, sequence.num_cached_tokens, queued))
 
     def _fail(self, sequence: Sequence, result: StepResult) -> None:
         """What the device had no memory for ends with an error; the hashes it had registered are not to be trusted."""
@@ -212,7 +223,7 @@ class Engine:
         self.scheduler.finish(sequence)
         self.sequences.pop(sequence.id, None)
         message = "out of device memory: the request was too large for what is free now"
-        result.finished.append(Finished(sequence.id, "error", None, 0, 0.0, message))
+        result.finished.append(Finished(sequence.id, "error", error=message))
 
     def _take_prompt_logprobs(self, share: VariantFlight, result: StepResult) -> None:
         if share.prompt_ids is None or share.prompt_values is None:

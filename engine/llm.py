@@ -1,8 +1,8 @@
 """The engine in-process, for scripts: prompts in, texts out. The interface is nano-vLLM's, so its scripts carry over.
 
-    from engine import LLM, SamplingParams
-    llm = LLM("models/pocket", variants=["bf16", "int8-row"])
-    llm.generate(["The sea"], SamplingParams(temperature=0, max_tokens=32), variant="int8-row")[0]["text"]
+from engine import LLM, SamplingParams
+llm = LLM("models/pocket", variants=["bf16", "int8-row"])
+llm.generate(["The sea"], SamplingParams(temperature=0, max_tokens=32), variant="int8-row")[0]["text"]
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -27,10 +26,12 @@ from engine.text import Detokenizer, StopMatcher, TokenTable
 class _Output:
     """One sequence's answer while it grows."""
 
-    def __init__(self, sequence_id: int, prompt_len: int, params: SamplingParams, table: TokenTable | None) -> None:
+    def __init__(
+        self, sequence_id: int, params: SamplingParams, table: TokenTable | None, eos_token_ids: list[int]
+    ) -> None:
         self.sequence_id = sequence_id
         self.params = params
-        self.prompt_len = prompt_len
+        self._silent = {*params.stop_token_ids, *([] if params.ignore_eos else eos_token_ids)}  # end without text
         self.token_ids: list[int] = []
         self.text = ""
         self.logprobs: list[Logprobs] = []
@@ -38,7 +39,6 @@ class _Output:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.num_cached_tokens = 0
-        self._table = table
         self._detokenizer = Detokenizer(table) if table is not None and params.detokenize else None
         self._stops = StopMatcher(params.stop) if params.stop else None
 
@@ -47,7 +47,9 @@ class _Output:
         self.token_ids.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        return self._detokenizer is not None and self._emit(self._detokenizer.add([token]))
+        if self._detokenizer is None or token in self._silent:
+            return False
+        return self._emit(self._detokenizer.add([token]))
 
     def _emit(self, text: str) -> bool:
         if self._stops is None:
@@ -95,7 +97,9 @@ class LLM:
         names = tuple(parse_format(v).name for v in variants or ["bf16"])
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:
-            raise ModelError(f"unknown option {sorted(unknown)[0]!r}; options: {', '.join(EngineConfig.__struct_fields__)}")
+            raise ModelError(
+                f"unknown option {sorted(unknown)[0]!r}; options: {', '.join(EngineConfig.__struct_fields__)}"
+            )
         self.engine = Engine(EngineConfig(model=str(model), variants=names, **options))
         path = Path(model) / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
@@ -141,7 +145,7 @@ class LLM:
             hashes = hash_blocks(seed, ids, chosen.block_size) if seed else []
             request_id, self._next_id = self._next_id, self._next_id + p.n
             requests.append(AddRequest(request_id, name, pack_ids(ids), p, seed, hashes))
-            groups.append([_Output(request_id + i, len(ids), p, self._table) for i in range(p.n)])
+            groups.append([_Output(request_id + i, p, self._table, info.eos_token_ids) for i in range(p.n)])
         self._run(requests, {o.sequence_id: o for group in groups for o in group}, use_tqdm)
         return [g[0].result() if len(g) == 1 else {**g[0].result(), "outputs": [o.result() for o in g]} for g in groups]
 
@@ -165,21 +169,20 @@ class LLM:
     def _take(self, result: StepResult, outputs: dict[int, _Output]) -> int:
         """Hand a step's results to their outputs; returns how many ended."""
         ended = 0
-        for sequence_id, token, logprobs in zip(
-            result.sequence_ids, result.token_ids, result.logprobs, strict=True
-        ):
+        for sequence_id, token, logprobs in zip(result.sequence_ids, result.token_ids, result.logprobs, strict=True):
             output = outputs[sequence_id]
             if output.finish_reason is None and output.add(token, logprobs):
                 self.engine.abort([sequence_id])
                 output.finish_reason = "stop"
                 ended += 1
+        for started in result.started:
+            outputs[started.sequence_id].num_cached_tokens = started.num_cached_tokens
         for piece in result.prompt_logprobs:
             known = outputs[piece.sequence_id].prompt_logprobs
             known.extend([None] * (piece.start - len(known)))
             known.extend(piece.positions)
         for finished in result.finished:
             output = outputs[finished.sequence_id]
-            output.num_cached_tokens = finished.num_cached_tokens
             if finished.error is not None:
                 raise RuntimeError(finished.error)
             if output.finish_reason is None:

@@ -1,6 +1,6 @@
 """What crosses processes: msgspec structs in msgpack, never pickle. No torch here.
 
-    API process  --AddRequest, Finish, Abort-->           engine    DEALER to ROUTER, ipc://DIR/engine
+    API process  --AddRequest, Abort-->                   engine    DEALER to ROUTER, ipc://DIR/engine
     API process  <--StepOutput (one a step)--             engine    the same pair
     parent       --DropClient, Shutdown-->                engine    the same ROUTER
     API, engine  --EngineReady, EngineReport, ApiReport--> parent    PUSH to PULL, ipc://DIR/report
@@ -52,15 +52,8 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True):
     block_hashes: list[bytes]
 
 
-class Finish(msgspec.Struct, tag="finish", array_like=True):
-    """A stop string ended this sequence: it keeps `num_tokens` output tokens; what comes later is ignored."""
-
-    sequence_id: int
-    num_tokens: int
-
-
 class Abort(msgspec.Struct, tag="abort", array_like=True):
-    """The client is gone: free these sequences. No answer is sent."""
+    """Free these sequences: the client is gone, or a stop string ended their text. No answer is sent."""
 
     sequence_ids: list[int]
 
@@ -75,14 +68,15 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """End the engine process after the current step."""
 
 
-EngineCommand = AddRequest | Finish | Abort | DropClient | Shutdown
+EngineCommand = AddRequest | Abort | DropClient | Shutdown
 
 
 class Logprobs(msgspec.Struct, array_like=True):
     """Log-probabilities at one position: ids and their values, parallel.
 
     Entry 0 is the token itself; then the top-n in falling order; then `logprob_token_ids` in the order named. An id may
-    occur more than once. Values are natural logs of the model's own distribution, before temperature, penalties or bias.
+    occur more than once. Values are natural logs of the model's own distribution, before temperature, penalties or
+    bias.
     """
 
     ids: list[int]
@@ -90,25 +84,34 @@ class Logprobs(msgspec.Struct, array_like=True):
 
 
 class PromptLogprobs(msgspec.Struct, array_like=True):
-    """Logprobs of the prompt tokens at positions `start`, `start + 1`, … of one request (sent for its first sequence)."""
+    """Logprobs of the prompt tokens at positions `start`, `start + 1`, … of a request (sent for its first sequence)."""
 
     sequence_id: int
     start: int
     positions: list[Logprobs]
 
 
-class Finished(msgspec.Struct, array_like=True):
-    """The last word on a sequence. reason: "stop" (EOS or a stop id, then in `stop_token_id`), "length", "abort" or "error".
+class Started(msgspec.Struct, array_like=True):
+    """A sequence's prompt is computed. It comes with the first token, or with `Finished` where there is none.
 
-    The stopping token is the last of the sequence's tokens already sent. num_cached_tokens: prompt tokens taken from
-    the prefix cache. queue_seconds: from arrival at the engine to first being scheduled.
+    num_cached_tokens: prompt tokens taken from the prefix cache. queue_seconds: from arrival at the engine to being
+    scheduled.
+    """
+
+    sequence_id: int
+    num_cached_tokens: int
+    queue_seconds: float
+
+
+class Finished(msgspec.Struct, array_like=True):
+    """The last word on a sequence. reason: "stop" (EOS or a stop id, then in `stop_token_id`), "length" or "error".
+
+    The stopping token is the last of the sequence's tokens already sent.
     """
 
     sequence_id: int
     reason: str
-    stop_token_id: int | None
-    num_cached_tokens: int
-    queue_seconds: float
+    stop_token_id: int | None = None
     error: str | None = None
 
 
@@ -124,11 +127,12 @@ class StepOutput(msgspec.Struct, tag="step", array_like=True):
     token_ids: list[int]
     logprobs: list[Logprobs | None]
     prompt_logprobs: list[PromptLogprobs]
+    started: list[Started]
     finished: list[Finished]
 
 
 class VariantInfo(msgspec.Struct, array_like=True):
-    """One loaded variant. fingerprint seeds its prefix hashes; bytes are of stored weights, own and shared with others."""
+    """One loaded variant. fingerprint seeds its prefix hashes; bytes are of stored weights, own and shared."""
 
     name: str
     fingerprint: bytes
@@ -201,7 +205,9 @@ Report = EngineReady | EngineReport | ApiReport
 
 
 class Status(msgspec.Struct, tag="status", array_like=True):
-    """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no heartbeat)."""
+    """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no
+    heartbeat).
+    """
 
     epoch: int
     state: str

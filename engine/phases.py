@@ -23,7 +23,9 @@ class PhaseClock:
         self.decode_tokens += decode_tokens
         decode = seconds
         if prefill_tokens:
-            decode = min(seconds, self._expected(decode_tokens, seconds * decode_tokens / (prefill_tokens + decode_tokens)))
+            decode = min(
+                seconds, self._expected(decode_tokens, seconds * decode_tokens / (prefill_tokens + decode_tokens))
+            )
         elif decode_tokens:
             size = _size(decode_tokens)
             self._pure[size] = self._pure.get(size, seconds) * (1 - _WEIGHT) + seconds * _WEIGHT

@@ -1,12 +1,13 @@
 """The engine process: commands in, steps, results out. No HTTP, no text, no asyncio.
 
     stdin                one line of JSON, `ProcessConfig`; it is kept open, and its end means that the parent is gone
-    ipc://DIR/engine     ROUTER: commands from every API process and the parent; one StepOutput a step for each API process
-    ipc://DIR/report     PUSH: EngineReady once, then EngineReport twice a second from a thread of its own, so that a long
-                         step is not taken for a hang and a hang is not hidden
+    ipc://DIR/engine     ROUTER: commands from every API process and the parent; one StepOutput a step for each of
+                         these API processes that has something in it
+    ipc://DIR/report     PUSH: EngineReady once, then EngineReport twice a second from a thread of its own, so that a
+                         long step is not taken for a hang and a hang is not hidden
 
-A start that fails prints one line and exits with code 1. An error in a step that is not one request's own fault ends the
-process: the parent starts it anew with the next epoch.
+A start that fails prints one line and exits with code 1. An error in a step that is not one request's own fault ends
+the process: the parent starts it anew with the next epoch.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ from engine.messages import (
     EngineCommand,
     EngineReady,
     EngineReport,
-    Finish,
-    Finished,
     Shutdown,
     StepOutput,
 )
@@ -88,8 +87,6 @@ class EngineServer:
                 engine.add(command)
             case Abort():
                 engine.abort(command.sequence_ids)
-            case Finish():
-                engine.abort([command.sequence_id])
             case DropClient():
                 engine.abort([i for i in engine.sequences if i >> CLIENT_SHIFT == command.client_id])
             case Shutdown():
@@ -102,7 +99,7 @@ class EngineServer:
         def of(sequence_id: int) -> StepOutput:
             client = sequence_id >> CLIENT_SHIFT
             if client not in outputs:
-                outputs[client] = StepOutput(self.epoch, [], [], [], [], [])
+                outputs[client] = StepOutput(self.epoch, [], [], [], [], [], [])
             return outputs[client]
 
         any_logprobs = any(entry is not None for entry in result.logprobs)
@@ -114,13 +111,12 @@ class EngineServer:
                 output.logprobs.append(result.logprobs[i])
         for piece in result.prompt_logprobs:
             of(piece.sequence_id).prompt_logprobs.append(piece)
+        for started in result.started:
+            of(started.sequence_id).started.append(started)
         for finished in result.finished:
             of(finished.sequence_id).finished.append(finished)
         for client, output in outputs.items():
-            self._send_to(client, output)
-
-    def _send_to(self, client: int, output: StepOutput) -> None:
-        self.router.send_multipart([client.to_bytes(4, "big"), self._encoder.encode(output)])
+            self.router.send_multipart([client.to_bytes(4, "big"), self._encoder.encode(output)])
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Runs scheduled steps on the device: variants, the KV pool, the tables, and what comes back.
 
-`launch` queues a whole step and returns at once; `Flight.wait` blocks until its results are on the host. Nothing between
-reads a device value on the host, so that the next step can be scheduled and queued while this one runs.
+`launch` queues a whole step and returns at once; `Flight.wait` blocks until its results are on the host. Nothing
+between reads a device value on the host, so that the next step can be scheduled and queued while this one runs.
 """
 
 from __future__ import annotations

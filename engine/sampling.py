@@ -1,8 +1,9 @@
 """From logits to token ids and logprobs, all on the device, nothing awaited.
 
 Order, as the field has it: bias, penalties, bans, then temperature, top-k, top-p, min-p, then one draw. The draw is
-Gumbel-max with noise that is a pure function of (the sequence's seed, the token's position, the id): a sequence draws the
-same tokens whatever else is in the batch, however it was chunked, preempted or resumed, and no generator state exists.
+Gumbel-max with noise that is a pure function of (the sequence's seed, the token's position, the id): a sequence draws
+the same tokens whatever else is in the batch, however it was chunked, preempted or resumed, and no generator state
+exists.
 
 Penalties count from the device's token table, for the rows that use them. Logprobs are of the model's own distribution.
 
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.transfer import to_device
 from engine.sequence import SamplingParams, Sequence
+from engine.transfer import to_device
 
 # Columns of the parameter tables, one row a running sequence.
 TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
@@ -68,7 +69,8 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
         if p.logit_bias:
             plan.edits.extend((row, i, v) for i, v in p.logit_bias.items())
         if s.num_output_tokens <= p.min_tokens:
-            # A ban replaces a bias on the same id: both in one list would add -inf to a finite value, which is the same.
+            # A ban replaces a bias on the same id: both in one list would add -inf to a finite value, which is the
+            # same.
             plan.edits = [e for e in plan.edits if e[0] != row or e[1] not in s.stop_ids]
             plan.edits.extend((row, i, float("-inf")) for i in s.stop_ids)
         if p.logprobs is not None:
@@ -82,7 +84,7 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
 
 @dataclass(frozen=True)
 class Sampled:
-    """On the device: tokens [B] int64; with logprobs, `values` [B, 1 + K + P] float32 and `ids` [B, 1 + K + P] int64."""
+    """On the device: tokens [B] int64; with logprobs, `values` [B, 1 + K + P] float32 and `ids`, int64, alike."""
 
     tokens: Tensor
     ids: Tensor | None
@@ -102,8 +104,8 @@ def sample(
     """Sample one token a row.
 
     logits: [B, V] float32, changed in place. rows: [B] int64, row of the tables. positions: [B] int32, where the new
-    token will stand. floats, ints: the parameter tables [S, 6], [S, 4]. token_table: [S, max_len] int32. num_ids: ids at
-    or beyond it are never sampled.
+    token will stand. floats, ints: the parameter tables [S, 6], [S, 4]. token_table: [S, max_len] int32. num_ids: ids
+    at or beyond it are never sampled.
     """
     device = logits.device
     raw = logits.clone() if plan.num_logprobs >= 0 and _edits_logits(plan, logits, num_ids) else logits
@@ -147,8 +149,8 @@ def penalise(logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lens: Tenso
     """Repetition penalty over prompt and output (Keskar et al., 2019, arXiv:1909.05858), then frequency and presence
     penalties over the output (OpenAI's definition).
 
-    logits [R, V]; tokens [R, L] int32, of which the first `lengths` [R] are real and the first `prompt_lens` [R] prompt;
-    floats [R, 6]. Returns [R, V].
+    logits [R, V]; tokens [R, L] int32, of which the first `lengths` [R] are real and the first `prompt_lens` [R]
+    prompt; floats [R, 6]. Returns [R, V].
     """
     place = torch.arange(tokens.shape[1], device=logits.device)[None, :]
     real = place < lengths[:, None]
@@ -162,7 +164,8 @@ def penalise(logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lens: Tenso
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Mask all but the top-k, then all but the smallest set holding top-p of what is left, then ids below min-p of the best.
+    """Mask all but the top-k, then all but the smallest set holding top-p of what is left, then ids below min-p of the
+    best.
 
     logits [B, V] after temperature; top_k [B] int32 (0: off), top_p, min_p [B]. Top-p follows Holtzman et al., 2020
     (arXiv:1904.09751): an id stays while the mass before it is below top_p.
@@ -179,7 +182,9 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers with good avalanche (Wellons' lowbias32, github.com/skeeto/hash-prospector), int32."""
+    """A bijection of 32-bit integers with good avalanche (Wellons' lowbias32, github.com/skeeto/hash-prospector),
+    int32.
+    """
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)
@@ -188,7 +193,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """[B, V] float32 standard Gumbel noise, a function of (seed, position, id) alone. Seeds and positions: [B] int32."""
+    """[B, V] float32 standard Gumbel noise, a function of (seed, position, id) alone. Seeds, positions: [B] int32."""
     key = _mix(_mix(_mix(seed_low) ^ seed_high) + positions)[:, None]
     ids = torch.arange(vocab_size, dtype=torch.int32, device=key.device)[None, :]
     bits = _mix(_mix(ids * (0x9E3779B1 - (1 << 32)) ^ key) + key)  # the golden ratio spreads neighbouring ids

@@ -65,7 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 def check_params(p: SamplingParams, prompt: list[int], max_model_len: int, vocab_size: int) -> None:
-    """Raise ParameterError unless `p` and the prompt's ids are in range for a model of `vocab_size` and `max_model_len`.
+    """Raise ParameterError unless `p` and the prompt's ids are in range for a model of `vocab_size` and
+    `max_model_len`.
 
     Every integer that could index device memory is checked here, on the host. max_tokens 0 is legal: it computes the
     prompt only (prompt logprobs).

@@ -28,9 +28,7 @@ def upload(pieces: list[npt.NDArray[np.int32]], device: torch.device) -> list[Te
     for offset, piece in zip(offsets, pieces, strict=True):
         buffer[offset : offset + piece.size] = piece.ravel()
     flat = to_device(buffer, device)
-    return [
-        flat[offset : offset + piece.size].view(piece.shape) for offset, piece in zip(offsets, pieces, strict=True)
-    ]
+    return [flat[offset : offset + piece.size].view(piece.shape) for offset, piece in zip(offsets, pieces, strict=True)]
 
 
 def to_host(tensor: Tensor) -> Tensor:

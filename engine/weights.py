@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, one at a time: from safetensors (sharded or not), or random ones made from the config alone."""
+"""A checkpoint's tensors, one at a time: from safetensors (sharded or not), or random ones made from a config."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class SafetensorsCheckpoint:
 
 
 class DummyCheckpoint:
-    """Random weights of the right shapes, for benchmarks: normal with deviation 0.02, norms 1, biases 0; seeded by name."""
+    """Random weights of the right shapes, for benchmarks: normal with deviation 0.02, norms 1, biases 0; seeded by
+    name.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device

@@ -56,7 +56,7 @@ class Qwen:
     rotary: Tensor  # [max_len, D] float32
 
     def forward(self, batch: Batch, kv: Tensor) -> Tensor:
-        """Hidden states after the last norm, [T, H]. kv: [num_layers, 2, num_blocks, block_size, Hkv, D], written to."""
+        """Hidden states after the last norm, [T, H]. kv: [num_layers, 2, num_blocks, block_size, Hkv, D], written."""
         c = self.config
         scale = c.head_dim**-0.5
         residual = torch.nn.functional.embedding(batch.token_ids, self.embedding)  # [T, H]

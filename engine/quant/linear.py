@@ -31,7 +31,9 @@ class PlainLinear:
 
 @dataclass(frozen=True)
 class WeightOnlyLinear:
-    """qdata [N, K] int8 or float8_e4m3fn; scale [N, 1] float32; bias [N] or None. Activations stay in the compute dtype."""
+    """qdata [N, K] int8 or float8_e4m3fn; scale [N, 1] float32; bias [N] or None. Activations stay in the compute
+    dtype.
+    """
 
     qdata: Tensor
     scale: Tensor

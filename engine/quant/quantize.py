@@ -20,8 +20,8 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     torchao stores NaN there (0 / 0).
     """
     largest = weight.abs().amax(dim=1, keepdim=True)
-    # Divided by a tensor: on a GPU, division by a number multiplies by its reciprocal, and a scale that is off in its last
-    # bit moves weights that lie near a boundary. So the stored numbers are the same on every device.
+    # Divided by a tensor: on a GPU, division by a number multiplies by its reciprocal, and a scale that is off in its
+    # last bit moves weights that lie near a boundary. So the stored numbers are the same on every device.
     if dtype == torch.int8:
         # 127.5, half of the 255 steps: the largest value rounds to 128 and is clamped to 127 (-128 on the other side).
         scale = (largest / torch.full_like(largest, 127.5)).clamp(min=torch.finfo(torch.float32).eps).float()

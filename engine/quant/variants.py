@@ -1,8 +1,8 @@
 """Variants side by side: one model tree each over shared tensors, built while the checkpoint streams by.
 
-Embedding, norms, biases and the head exist once. A stored matrix is keyed by (matrix, stored format) and shared by every
-variant that uses it. Each checkpoint matrix is quantised by itself, from the checkpoint's own dtype, and then fused
-(q, k, v; gate, up), so that the stored numbers are torchao's. Peak memory is what remains plus one fused matrix.
+Embedding, norms, biases and the head exist once. A stored matrix is keyed by (matrix, stored format) and shared by
+every variant that uses it. Each checkpoint matrix is quantised by itself, from the checkpoint's own dtype, and then
+fused (q, k, v; gate, up), so that the stored numbers are torchao's. Peak memory is what remains plus one fused matrix.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def build_variants(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Variant]:
-    """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a part."""
+    """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a
+    part.
+    """
     c = config
     q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 

@@ -94,7 +94,13 @@ def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -
 @pytest.mark.skipif(not QWEN.exists(), reason="the shared Qwen configs are not beside this checkout")
 def test_real_qwen_configs() -> None:
     small = load_model_config(QWEN / "qwen3-1.7b")
-    assert (small.num_layers, small.num_kv_heads, small.head_dim, small.qk_norm, small.qkv_bias) == (28, 8, 128, True, False)
+    assert (small.num_layers, small.num_kv_heads, small.head_dim, small.qk_norm, small.qkv_bias) == (
+        28,
+        8,
+        128,
+        True,
+        False,
+    )
     assert small.eos_token_ids == [151645, 151643] and small.generation["temperature"] == 0.6
     old = load_model_config(QWEN / "qwen2.5-1.5b-instruct")
     assert (old.qk_norm, old.qkv_bias, old.head_dim) == (False, True, 128)

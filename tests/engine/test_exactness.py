@@ -89,7 +89,9 @@ def test_logits_equal_transformers(checkpoint: Checkpoint, family: str) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
-def test_alone_and_batched(checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, overlap: bool) -> None:
+def test_alone_and_batched(
+    checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, overlap: bool
+) -> None:
     llm = make_llm(checkpoint(family), overlap=overlap, enable_prefix_caching=False)
     assert [tokens(llm, [p])[0] for p in PROMPTS] == expected(family)
     assert tokens(llm, PROMPTS) == expected(family)
@@ -97,7 +99,9 @@ def test_alone_and_batched(checkpoint: Checkpoint, expected: Callable[..., list[
 
 @pytest.mark.parametrize("budget", [16, 17, 40])
 @pytest.mark.parametrize("family", MAIN)
-def test_chunked_prefill(checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, budget: int) -> None:
+def test_chunked_prefill(
+    checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, budget: int
+) -> None:
     llm = make_llm(checkpoint(family), max_num_batched_tokens=budget)
     assert tokens(llm, PROMPTS) == expected(family)
     assert llm.engine.num_steps > 64 + 70 // budget
@@ -105,7 +109,9 @@ def test_chunked_prefill(checkpoint: Checkpoint, expected: Callable[..., list[li
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("family", MAIN)
-def test_prefix_hit(checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, overlap: bool) -> None:
+def test_prefix_hit(
+    checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, overlap: bool
+) -> None:
     llm = make_llm(checkpoint(family), overlap=overlap)
     assert tokens(llm, PROMPTS) == expected(family)
     again = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
@@ -136,7 +142,7 @@ def preempting_at(llm: LLM, k: int) -> Callable[[], StepResult]:
 def test_forced_preemption_at_each_step(
     checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], family: str, overlap: bool
 ) -> None:
-    """One run for each step k: at k the newest running sequence loses its blocks, and everybody's tokens stay the same."""
+    """One run for each step k: at k the newest running sequence loses its blocks; all tokens stay the same."""
     options = {"overlap": overlap, "max_num_batched_tokens": 64}
     llms = [make_llm(checkpoint(family), enable_prefix_caching=caching, **options) for caching in (True, False)]
     prompts, want = PROMPTS[2:4], expected(family)[2:4]

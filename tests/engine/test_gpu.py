@@ -97,7 +97,13 @@ KINDS = {
     "greedy": SamplingParams(temperature=0, max_tokens=64, ignore_eos=True),
     "drawn": SamplingParams(temperature=0.8, top_p=0.9, top_k=20, max_tokens=64, ignore_eos=True),
     "edited": SamplingParams(
-        temperature=0.8, max_tokens=64, ignore_eos=True, presence_penalty=1, logit_bias={3: 1.0}, logprobs=5, min_tokens=60
+        temperature=0.8,
+        max_tokens=64,
+        ignore_eos=True,
+        presence_penalty=1,
+        logit_bias={3: 1.0},
+        logprobs=5,
+        min_tokens=60,
     ),
 }
 

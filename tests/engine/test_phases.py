@@ -11,7 +11,12 @@ def test_pure_steps_charge_their_phase() -> None:
     clock = PhaseClock()
     clock.add(100, 0, 0.5)
     clock.add(0, 8, 0.01)
-    assert (clock.prefill_tokens, clock.prefill_seconds, clock.decode_tokens, clock.decode_seconds) == (100, 0.5, 8, 0.01)
+    assert (clock.prefill_tokens, clock.prefill_seconds, clock.decode_tokens, clock.decode_seconds) == (
+        100,
+        0.5,
+        8,
+        0.01,
+    )
 
 
 def test_a_mixed_step_charges_decode_its_usual_time() -> None:

@@ -86,7 +86,9 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(checkpoint: 
     alone = generate(llm, mine, [prompt])[0]["token_ids"]
     assert alone != generate(llm, SamplingParams(temperature=1, seed=12, max_tokens=30), [prompt])[0]["token_ids"]
     others = [SamplingParams(temperature=0.8, max_tokens=60, ignore_eos=True, presence_penalty=0.5)] * 9
-    crowd = generate(llm, [*others, mine, *others], [[i] * 5 for i in range(9)] + [prompt] + [[i] * 9 for i in range(9)])
+    crowd = generate(
+        llm, [*others, mine, *others], [[i] * 5 for i in range(9)] + [prompt] + [[i] * 9 for i in range(9)]
+    )
     assert crowd[9]["token_ids"] == alone
     assert llm.engine.scheduler.counters["bf16"].preemptions > 0  # the pool is too small for the crowd
 

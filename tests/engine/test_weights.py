@@ -24,7 +24,9 @@ Checkpoint = Callable[[str], Path]
 def test_sharded_checkpoints_load_alike(checkpoint: Checkpoint, tmp_path: Path) -> None:
     sharded = tiny.make_checkpoint(tmp_path, "qwen3", max_shard_size="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    outputs = [LLM(f, kv_cache_tokens=512).generate([[1, 2]], GREEDY, use_tqdm=False) for f in (sharded, checkpoint("qwen3"))]
+    outputs = [
+        LLM(f, kv_cache_tokens=512).generate([[1, 2]], GREEDY, use_tqdm=False) for f in (sharded, checkpoint("qwen3"))
+    ]
     assert outputs[0] == outputs[1]
 
 
@@ -70,7 +72,9 @@ def test_variants_share_every_tensor_they_do_not_change(checkpoint: Checkpoint) 
             assert a.qkv.bias.data_ptr() == b.qkv.bias.data_ptr()
             assert isinstance(a.qkv, WeightOnlyLinear) and isinstance(b.qkv, PlainLinear)
     sizes = {n: (v.own_bytes, v.shared_bytes) for n, v in variants.items()}
-    matrices = sum(m.tensors[0].numel() for layer in plain.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    matrices = sum(
+        m.tensors[0].numel() for layer in plain.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)
+    )
     assert sizes["bf16"][0] == 4 * matrices and sizes["int8-row"] == sizes["fp8-row"]
     assert matrices < sizes["int8-row"][0] < 1.1 * matrices
     assert len({s[1] for s in sizes.values()}) == 1
