@@ -23,6 +23,7 @@ __all__ = [
     "AttentionPlan",
     "add_rms_norm",
     "attention",
+    "linear",
     "plan_tiles",
     "rms_norm",
     "rope_and_store",
@@ -130,6 +131,11 @@ def attention(
 
         return paged_attention.attention(q, k_cache, v_cache, block_tables, plan, scale)
     return reference.attention(q, k_cache, v_cache, block_tables, plan, scale)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU this is the library's product."""
+    return reference.linear(x, weight, bias)
 
 
 def weight_only_matmul(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
