@@ -36,9 +36,10 @@ class Child:
         self.deaths: deque[float] = deque() if deaths is None else deaths
         self.started = time.monotonic()
         self.listening = False
+        # -P: no module is taken from the folder that the user happens to be in.
         # A process group of its own: Ctrl-C in a terminal reaches the parent only, which then lets children drain.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, pass_fds=fds, process_group=0
+            [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, pass_fds=fds, process_group=0
         )
         assert self.process.stdin is not None
         self._stdin = self.process.stdin

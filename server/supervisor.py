@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -41,6 +42,7 @@ from engine.messages import (
     Shutdown,
     Status,
 )
+from engine.quant.formats import parse_format
 from server.api_config import ApiConfig
 from server.checkpoint import check_checkpoint, resolve_model
 from server.child import Child
@@ -362,6 +364,15 @@ def _listen(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port}: {why}") from None
 
 
+def _check_variants(names: Sequence[str]) -> None:
+    """Refuse an unknown variant now, not after the engine has loaded torch."""
+    try:
+        for name in names:
+            parse_format(name)
+    except ValueError as e:
+        raise StartError(str(e)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The console script octavo-serve. Exit codes: 0 ended by a signal, 1 cannot start or go on, 2 wrong options."""
     started = time.monotonic()
@@ -373,6 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)  # the hub's requests, one line each
     try:
         with _listen(settings.host, settings.port) as listener:
+            _check_variants(settings.variants)
             folder = resolve_model(settings.model, settings.load_format)
             check_checkpoint(folder, settings.load_format)
             log.info("loading %s with %s", settings.model, ", ".join(settings.variants))
