@@ -21,14 +21,14 @@ from engine.kernels import AttentionPlan, plan_tiles
 from engine.models.qwen import Batch
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
-from engine.transfer import upload
+from engine.transfer import to_device, upload
 
 Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The device's state by row; changed in place, in stream order."""
+    """The device's state by row; changed in place, in stream order. The last row is spare: padding writes there."""
 
     tokens: Tensor  # [S, max_model_len + 1] int32
     blocks: Tensor  # [S, max_blocks] int32
@@ -36,7 +36,8 @@ class Tables:
     ints: Tensor  # [S, sampling.NUM_INTS] int32
 
     @staticmethod
-    def allocate(num_rows: int, max_model_len: int, block_size: int, device: torch.device) -> Tables:
+    def allocate(num_sequences: int, max_model_len: int, block_size: int, device: torch.device) -> Tables:
+        num_rows = num_sequences + 1
         return Tables(
             tokens=torch.zeros(num_rows, max_model_len + 1, dtype=torch.int32, device=device),
             blocks=torch.zeros(num_rows, -(-max_model_len // block_size), dtype=torch.int32, device=device),
@@ -69,6 +70,43 @@ class Tables:
             index = parts[4].long()
             self.ints.index_copy_(0, index, parts[5])
             self.floats.index_copy_(0, index, parts[6].view(torch.float32))
+
+
+def decode_batch(rows: Tensor, contexts: Tensor, tables: Tables, block_size: int) -> Batch:
+    """A batch of one token for each of N sequences, built on the device alone.
+
+    rows [N] int32; contexts [N] int32, the token of this step included; 0 marks padding, which stores nothing.
+    """
+    num, max_len = rows.shape[0], tables.tokens.shape[1] - 1
+    row, positions = rows.long(), (contexts - 1).clamp(min=0)
+    where = positions.long()
+    slots = tables.blocks[row, where // block_size] * block_size + positions % block_size
+    starts = torch.arange(num + 1, dtype=torch.int32, device=rows.device)
+    ones, longest = np.ones(num, dtype=np.int32), np.full(num, max_len, dtype=np.int32)
+    tiles = rows.new_empty((0, 2))
+    return Batch(
+        token_ids=tables.tokens[row, where],
+        positions=positions,
+        slots=torch.where(contexts > 0, slots, -1),
+        block_tables=tables.blocks,
+        plan=AttentionPlan(rows, starts, contexts, ones, longest, num, tiles),
+    )
+
+
+def prefill_batch(row: int, num_tokens: int, tables: Tables) -> Batch:
+    """A prompt of `num_tokens` ids 0 in one row of the tables, which stores nothing: to run the kernels once."""
+    device = tables.tokens.device
+    lengths = np.array([num_tokens], dtype=np.int32)
+    tokens = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    counts = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
+    rows, tiles = torch.full_like(counts[:1], row), to_device(plan_tiles(lengths, 0), device)
+    return Batch(
+        token_ids=tokens,
+        positions=torch.arange(num_tokens, dtype=torch.int32, device=device),
+        slots=tokens - 1,
+        block_tables=tables.blocks,
+        plan=AttentionPlan(rows, counts, counts[1:].clone(), lengths, lengths, 0, tiles),
+    )
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: a local folder. variants: names of `quant.formats`; the first is the default. dtype: "auto" is the
     checkpoint's on a GPU and float32 on a CPU. load_format: "auto" reads safetensors, "dummy" makes random weights from
     the config alone. max_num_batched_tokens: the budget of one step over all variants. kv_cache_tokens: size of the KV
-    pool in tokens; 0 takes `gpu_memory_utilization` of the GPU, or 64 Ki tokens on a CPU. overlap: step N+1 is launched
-    before the tokens of step N reach the host; None means on a GPU only. num_threads: of torch on a CPU; 0 is torch's
-    own.
+    pool in tokens; 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched
+    before the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU,
+    decode steps are captured at start and replayed. num_threads: of torch on a CPU; 0 is torch's own.
     """
 
     model: str
@@ -75,6 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.85
     enable_prefix_caching: bool = True
     overlap: bool | None = None
+    cuda_graphs: bool = True
     num_threads: int = 0
     seed: int = 0
 

@@ -174,13 +174,12 @@ class Engine:
 
     def _take(self, share: VariantFlight, result: StepResult) -> None:
         """Bring one variant's results of a finished step into the host's books."""
-        a = share.assembled
-        self.phases[share.variant].add(a.num_prefill_tokens, a.num_decode_tokens, share.clock.seconds())
+        self.phases[share.variant].add(share.num_prefill_tokens, share.num_decode_tokens, share.clock.seconds())
         self._take_prompt_logprobs(share, result)
         tokens = share.tokens.tolist()
         ids = share.ids.tolist() if share.ids is not None else None
         values = share.values.tolist() if share.values is not None else None
-        for row, (sequence, token) in enumerate(zip(a.sampled, tokens, strict=True)):
+        for row, (sequence, token) in enumerate(zip(share.sampled, tokens, strict=True)):
             if sequence.finished:
                 continue
             sequence.token_ids.append(token)
@@ -194,7 +193,7 @@ class Engine:
                 logprobs = _pick_logprobs(sequence, ids[row], values[row], share.num_top)
             result.logprobs.append(logprobs)
             self._finish_if_done(sequence, token, result)
-        for scheduled in a.scheduled:
+        for scheduled in share.scheduled:
             sequence = scheduled.sequence
             if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
                 self._start(sequence, result)

@@ -86,14 +86,15 @@ class _Output:
 class LLM:
     """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields.
 
-    `enforce_eager` and `tensor_parallel_size=1` of nano-vLLM are accepted, as are vLLM's names of the same settings.
+    nano-vLLM's `enforce_eager` (no CUDA graphs) and `tensor_parallel_size=1` are accepted.
     Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.
     """
 
     def __init__(self, model: str | Path, variants: list[str] | None = None, **options: Any) -> None:
         if options.pop("tensor_parallel_size", 1) != 1:
             raise ModelError("tensor_parallel_size above 1 is not supported")
-        options.pop("enforce_eager", None)
+        if options.pop("enforce_eager", False):
+            options["cuda_graphs"] = False
         names = tuple(parse_format(v).name for v in variants or ["bf16"])
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:

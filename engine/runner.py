@@ -7,24 +7,27 @@ between reads a device value on the host, so that the next step can be scheduled
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Assembled, Tables, assemble
+from engine.batch import Assembled, Tables, assemble, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
+from engine.graphs import DecodeGraphs
 from engine.models.qwen import Qwen
 from engine.quant.formats import Format, parse_format
 from engine.quant.variants import Variant, build_variants
-from engine.sampling import gather_logprobs, plan_sampling, sample
+from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
 from engine.weights import DummyCheckpoint, SafetensorsCheckpoint
 
+MAX_GRAPH_SIZE = 512  # sequences; larger decode batches run without a graph
 CPU_KV_BYTES = 1 << 30  # the pool's default size on a CPU
+WARM_UP_ROWS = (5, 40, 300)
 PROMPT_LOGPROB_ROWS = 256  # prompt positions that go through the head at one time
 
 
@@ -43,15 +46,18 @@ class VariantFlight:
     """One variant's share of a step under way. Host tensors are valid once the step has been waited for."""
 
     variant: str
-    assembled: Assembled
+    scheduled: list[Scheduled]
+    sampled: list[Sequence]  # in the order of the rows below
+    num_prefill_tokens: int
+    num_decode_tokens: int  # of sequences past their prompt
     tokens: Tensor  # [N] int64
     ids: Tensor | None  # [N, 1 + K + P] int64
     values: Tensor | None
     num_top: int  # K
-    prompt_pieces: list[PromptPiece]
-    prompt_ids: Tensor | None  # [positions, 1 + K] int64
-    prompt_values: Tensor | None
     clock: PhaseTimer
+    prompt_pieces: list[PromptPiece] = field(default_factory=list)
+    prompt_ids: Tensor | None = None  # [positions, 1 + K] int64
+    prompt_values: Tensor | None = None
 
 
 @dataclass
@@ -119,6 +125,24 @@ class Runner:
             device=self.device,
         )
         self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
+        self.graphs: DecodeGraphs | None = None
+        if config.cuda_graphs and self.device.type == "cuda":
+            models = {name: v.model for name, v in self.variants.items()}
+            size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
+            self.graphs = DecodeGraphs(models, self.tables, self.kv, config.block_size, num_ids, size)
+            self.graphs.capture()
+        if self.device.type == "cuda":
+            self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run each variant once for each range of rows that has kernels of its own, so that none compiles later."""
+        spare = self.tables.tokens.shape[0] - 1
+        for size in WARM_UP_ROWS:
+            batch = prefill_batch(spare, min(size, self.max_model_len), self.tables)
+            for variant in self.variants.values():
+                variant.model.forward(batch, self.kv)
+        torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
         c = self.model_config
@@ -179,10 +203,11 @@ class Runner:
         return [s.sequence for s in scheduled if s is largest or computed & set(s.sequence.blocks)]
 
     def _launch_variant(self, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
+        if self.graphs is not None and self.graphs.covers(scheduled):
+            return self._replay(self.graphs, variant, scheduled)
         clock = PhaseTimer(self.device)
         model = self.variants[variant].model
-        tables = self.tables
-        a = assemble(scheduled, tables, self.config.block_size)
+        a = assemble(scheduled, self.tables, self.config.block_size)
         hidden = model.forward(a.batch, self.kv)  # [T, H]
         pieces, prompt_ids, prompt_values = self._prompt_logprobs(model, hidden, a)
         ids = values = None
@@ -190,24 +215,67 @@ class Runner:
         if a.sampled:
             plan = plan_sampling(a.sampled)
             num_top = max(0, plan.num_logprobs)
-            sampled = sample(
-                model.logits(hidden[a.sample_index]),
-                a.sample_rows,
-                a.sample_positions,
-                tables.floats,
-                tables.ints,
-                tables.tokens,
-                self.num_ids,
-                plan,
-            )
-            tables.tokens[a.sample_rows, a.sample_positions.long()] = sampled.tokens.int()
-            tokens = to_host(sampled.tokens)
-            if sampled.ids is not None and sampled.values is not None:
-                ids, values = to_host(sampled.ids), to_host(sampled.values)
+            logits = model.logits(hidden[a.sample_index])
+            tokens, ids, values = self._fetch(self._sample(logits, a.sample_rows, a.sample_positions, plan))
         for piece in pieces:
             piece.sequence.next_prompt_logprob = piece.start + piece.count
         clock.stop()
-        return VariantFlight(variant, a, tokens, ids, values, num_top, pieces, prompt_ids, prompt_values, clock)
+        return VariantFlight(
+            variant=variant,
+            scheduled=a.scheduled,
+            sampled=a.sampled,
+            num_prefill_tokens=a.num_prefill_tokens,
+            num_decode_tokens=a.num_decode_tokens,
+            tokens=tokens,
+            ids=ids,
+            values=values,
+            num_top=num_top,
+            clock=clock,
+            prompt_pieces=pieces,
+            prompt_ids=prompt_ids,
+            prompt_values=prompt_values,
+        )
+
+    def _replay(self, graphs: DecodeGraphs, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
+        """A batch that only decodes, through the captured graphs."""
+        clock = PhaseTimer(self.device)
+        sequences = [s.sequence for s in scheduled]
+        rows = np.array([s.row for s in sequences], dtype=np.int32)
+        contexts = np.array([s.start + 1 for s in scheduled], dtype=np.int32)
+        logits = graphs.forward(variant, rows, contexts)
+        plan, ids, values = plan_sampling(sequences), None, None
+        if plan.is_greedy:
+            tokens = to_host(graphs.greedy(len(sequences)))
+        else:
+            sampled = self._sample(logits, graphs.rows[: len(rows)].long(), graphs.contexts[: len(rows)], plan)
+            tokens, ids, values = self._fetch(sampled)
+        num_decoded = sum(s.start >= s.sequence.prompt_len for s in scheduled)
+        clock.stop()
+        return VariantFlight(
+            variant=variant,
+            scheduled=scheduled,
+            sampled=sequences,
+            num_prefill_tokens=len(scheduled) - num_decoded,
+            num_decode_tokens=num_decoded,
+            tokens=tokens,
+            ids=ids,
+            values=values,
+            num_top=max(0, plan.num_logprobs),
+            clock=clock,
+        )
+
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, plan: SamplingPlan) -> Sampled:
+        """Sample one token a row and put it into the token table. rows [N] int64, positions [N] int32."""
+        t = self.tables
+        sampled = sample(logits, rows, positions, t.floats, t.ints, t.tokens, self.num_ids, plan)
+        t.tokens[rows, positions.long()] = sampled.tokens.int()
+        return sampled
+
+    def _fetch(self, sampled: Sampled) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Start copying what was sampled to the host: tokens, ids and values of logprobs."""
+        if sampled.ids is None or sampled.values is None:
+            return to_host(sampled.tokens), None, None
+        return to_host(sampled.tokens), to_host(sampled.ids), to_host(sampled.values)
 
     def _prompt_logprobs(
         self, model: Qwen, hidden: Tensor, a: Assembled

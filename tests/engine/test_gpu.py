@@ -49,7 +49,10 @@ def agrees(folder: Path, prompt: list[int], got: list[int], variant: str) -> Non
     assert (best - chosen).max() <= MARGIN
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 320}, {"max_num_batched_tokens": 48}, {"overlap": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kv_cache_tokens": 320}, {"max_num_batched_tokens": 48}, {"overlap": False}, {"cuda_graphs": False}],
+)
 def test_greedy_tokens_agree_with_the_reference(folder: Path, qwen2_folder: Path, options: dict[str, int]) -> None:
     for path in (folder, qwen2_folder):
         settings = {"kv_cache_tokens": 4096, "max_num_seqs": 16, "dtype": "float32", **options}

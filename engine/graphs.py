@@ -1,0 +1,124 @@
+"""CUDA graphs of decode: one launch for a whole step of a variant instead of some three hundred.
+
+A graph is captured for each variant and each of a few batch sizes; a batch runs in the next larger size, padded with
+sequences that have no context, store nothing and write to a spare row of the tables. Two parts, so that what varies
+between steps can come between them:
+
+    forward    per (variant, size): inputs from the tables, model, head -> `logits`, one buffer shared by all
+    greedy     per size, shared by all variants: arg max, and the ids into the token table
+
+All graphs share one memory pool: their replays follow one another on one stream. Inputs are two int32 vectors, the rows
+and the contexts, in buffers of their own; everything else is already on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.batch import Tables, decode_batch
+from engine.models.qwen import Qwen
+from engine.scheduler import Scheduled
+from engine.transfer import to_device
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+WARM_UP_RUNS = 2  # before a capture: libraries allocate workspaces and compile on the first call
+
+
+class DecodeGraphs:
+    """Captured decode steps of every variant for up to `max_size` sequences."""
+
+    def __init__(
+        self,
+        models: dict[str, Qwen],
+        tables: Tables,
+        kv: Tensor,
+        block_size: int,
+        num_ids: int,
+        max_size: int,
+    ) -> None:
+        self.models, self.tables, self.kv = models, tables, kv
+        self.block_size, self.num_ids = block_size, num_ids
+        self.device = kv.device
+        self.sizes = [s for s in SIZES if s < max_size] + [max_size] if max_size else []
+        vocab_size = next(iter(models.values())).config.vocab_size
+        self.logits = torch.zeros(max_size, vocab_size, dtype=torch.float32, device=self.device)
+        spare = tables.tokens.shape[0] - 1
+        # rows and contexts (this step's token included) of up to max_size sequences; context 0 is padding
+        self._inputs = torch.tensor([[spare] * max_size, [0] * max_size], dtype=torch.int32, device=self.device)
+        self._spare = spare
+        self._tokens = torch.zeros(max_size, dtype=torch.int64, device=self.device)
+        self._forward: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def max_size(self) -> int:
+        return self.logits.shape[0]
+
+    @property
+    def rows(self) -> Tensor:
+        """[max_size] int32 of the last `forward`."""
+        return self._inputs[0]
+
+    @property
+    def contexts(self) -> Tensor:
+        """[max_size] int32 of the last `forward`: where each new token will stand."""
+        return self._inputs[1]
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture everything, largest first, so that smaller graphs reuse the memory of larger ones."""
+        for size in reversed(self.sizes):
+            for variant in self.models:
+                self._forward[variant, size] = self._record(partial(self._run_forward, variant, size))
+            self._greedy[size] = self._record(partial(self._run_greedy, size))
+
+    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        for _ in range(WARM_UP_RUNS):
+            work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph
+
+    def _run_forward(self, variant: str, size: int) -> None:
+        model = self.models[variant]
+        batch = decode_batch(self._inputs[0, :size], self._inputs[1, :size], self.tables, self.block_size)
+        self.logits[:size].copy_(model.head(model.forward(batch, self.kv)))
+
+    def _run_greedy(self, size: int) -> None:
+        tokens = self.logits[:size, : self.num_ids].argmax(-1)
+        self._tokens[:size].copy_(tokens)
+        rows, contexts = self._inputs[0, :size].long(), self._inputs[1, :size].long()
+        self.tables.tokens[rows, contexts] = tokens.int()
+
+    def covers(self, scheduled: list[Scheduled]) -> bool:
+        """Whether this batch is one token of each of at most `max_size` sequences, all sampled, no prompt logprobs."""
+        return len(scheduled) <= self.max_size and all(
+            s.num_tokens == 1 and s.samples and s.sequence.next_prompt_logprob >= s.sequence.prompt_len
+            for s in scheduled
+        )
+
+    def forward(self, variant: str, rows: npt.NDArray[np.int32], contexts: npt.NDArray[np.int32]) -> Tensor:
+        """Replay one variant's decode step; logits [B, V] float32, valid until the next call."""
+        size = self._size(len(rows))
+        padded = np.zeros((2, size), dtype=np.int32)
+        padded[0, len(rows) :] = self._spare
+        padded[0, : len(rows)], padded[1, : len(rows)] = rows, contexts
+        self._inputs[:, :size].copy_(to_device(padded, self.device))
+        self._forward[variant, size].replay()
+        return self.logits[: len(rows)]
+
+    def greedy(self, num_sequences: int) -> Tensor:
+        """The best id of each of the rows of the last `forward`, [B] int64, also written to the token table."""
+        self._greedy[self._size(num_sequences)].replay()
+        return self._tokens[:num_sequences]
+
+    def _size(self, num_sequences: int) -> int:
+        return next(s for s in self.sizes if s >= num_sequences)
