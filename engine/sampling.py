@@ -26,8 +26,6 @@ TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
 TOP_K, SEED_LOW, SEED_HIGH, PROMPT_LEN = range(4)
 NUM_FLOATS, NUM_INTS = 6, 4
 
-# What a row needs beyond the arg max.
-DRAW, FILTER, PENALISE, EDIT, LOGPROBS = 1, 2, 4, 8, 16
 PENALTY_CHUNK = 64  # rows whose counts over the vocabulary exist at one time
 
 
@@ -52,6 +50,11 @@ class SamplingPlan:
     edits: list[tuple[int, int, float]] = field(default_factory=list)  # (row of the batch, id, added value)
     num_logprobs: int = -1  # most top logprobs any row wants; -1: none wants logprobs
     named: list[list[int]] = field(default_factory=list)  # ids by row of the batch, if any row names some
+
+    @property
+    def is_greedy(self) -> bool:
+        """Nothing but the arg max is wanted."""
+        return not (self.draw or self.penalised or self.edits) and self.num_logprobs < 0
 
 
 def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
