@@ -30,7 +30,7 @@ lint: $(VENV)/.dev  ## check format, lint and types
 	@$(BIN)/mypy
 
 bench: $(VENV)/.serve  ## measure offline throughput of the bundled model
-	@exec $(BIN)/octavo-bench $(MODEL) --variants $(VARIANTS) $(ARGS)
+	@exec $(BIN)/octavo-bench throughput $(MODEL) --variants $(VARIANTS) $(ARGS)
 
 # The nvidia and cuda lines go: torch itself pins those that its build needs, and a CPU build needs none.
 constraints:  ## resolve the newest versions into constraints.txt (needs uv)

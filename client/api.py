@@ -25,7 +25,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -36,6 +36,7 @@ import httpx
 MAX_RETRY_AFTER = 120.0  # seconds; a server that asks for more is not waited for
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubles each time, up to MAX_PAUSE
 MAX_PAUSE = 8.0
+CONNECTIONS_PER_POOL = 16  # httpx looks through a whole pool for each request: one of 128 triples its CPU time
 
 JSON = dict[str, Any]
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -89,7 +90,7 @@ class ServerError(APIError):
 
 
 class OctavoClient:
-    """An asynchronous client. One connection pool an instance, closed by `async with`; use one instance a worker.
+    """An asynchronous client. Its connections are closed by `async with`; use one instance a worker.
 
     timeout: seconds of silence after which a request has failed. max_retries: further attempts after the first.
     Every method raises the errors of the module's docstring.
@@ -104,24 +105,34 @@ class OctavoClient:
         max_retries: int = 4,
         concurrency: int = 16,
     ) -> None:
-        self._http = httpx.AsyncClient(
-            base_url=base_url.rstrip("/").removesuffix("/v1"),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(timeout, connect=10.0),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        )
+        verify = httpx.create_ssl_context()
+        self._pools = [
+            httpx.AsyncClient(
+                base_url=base_url.rstrip("/").removesuffix("/v1"),
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=httpx.Timeout(timeout, connect=10.0),
+                limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
+                verify=verify,
+            )
+            for size in _shares(concurrency)
+        ]
+        self._opened = AsyncExitStack()
         self._max_retries = max_retries
         self._concurrency = concurrency
-        self._turns = asyncio.Semaphore(concurrency)
+        self._turns: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()  # last in: the warmest connection
+        for pool, size in zip(self._pools, _shares(concurrency), strict=True):
+            for _ in range(size):
+                self._turns.put_nowait(pool)
 
     async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
+        for pool in self._pools:
+            await self._opened.enter_async_context(pool)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.__aexit__(kind, error, trace)
+        await self._opened.aclose()
 
     async def models(self) -> list[JSON]:
         """One entry per loaded variant; its `id` is the model name to ask for."""
@@ -187,13 +198,14 @@ class OctavoClient:
     @asynccontextmanager
     async def _answer(self, method: str, path: str, body: JSON | None, *, read: bool) -> AsyncGenerator[httpx.Response]:
         """A response of status 2xx, its body read whole or not at all; retries until there is one."""
-        async with self._turns:
+        http = await self._turns.get()
+        try:
             attempt = 0
             while True:
-                request = self._http.build_request(method, path, json=body)
+                request = http.build_request(method, path, json=body)
                 pause: float | None
                 try:
-                    response = await self._http.send(request, stream=True)
+                    response = await http.send(request, stream=True)
                     if response.is_success and not read:
                         break
                     content = await response.aread()
@@ -214,6 +226,14 @@ class OctavoClient:
                 raise ConnectionFailed(f"{request.url}: {e or type(e).__name__}") from e
             finally:
                 await response.aclose()
+        finally:
+            self._turns.put_nowait(http)
+
+
+def _shares(concurrency: int) -> list[int]:
+    """Connections of each pool, CONNECTIONS_PER_POOL at most."""
+    full, rest = divmod(concurrency, CONNECTIONS_PER_POOL)
+    return [CONNECTIONS_PER_POOL] * full + [rest] * (rest > 0)
 
 
 def backoff(attempt: int) -> float:

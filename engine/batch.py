@@ -111,11 +111,10 @@ def prefill_batch(row: int, num_tokens: int, tables: Tables) -> Batch:
 
 @dataclass(frozen=True)
 class Assembled:
-    """One variant's batch on the device, and the host's view of it. `scheduled` is in the batch's order."""
+    """The host's view of a batch, in the batch's order, and which hidden states are sampled."""
 
     scheduled: list[Scheduled]
     sampled: list[Sequence]
-    batch: Batch
     num_decode_tokens: int  # of sequences past their prompt
     num_prefill_tokens: int
     sample_index: Tensor  # [N] int64: token of the batch whose hidden state gives the logits
@@ -123,7 +122,7 @@ class Assembled:
     sample_positions: Tensor  # [N] int32: where the new token will stand
 
 
-def assemble(scheduled: list[Scheduled], tables: Tables, block_size: int) -> Assembled:
+def assemble(scheduled: list[Scheduled], tables: Tables, block_size: int) -> tuple[Batch, Assembled]:
     """Build the inputs of one variant's batch. Sequences with one token come first, as the attention wants them."""
     scheduled = sorted(scheduled, key=lambda s: s.num_tokens > 1)
     lengths = np.array([s.num_tokens for s in scheduled], dtype=np.int32)
@@ -134,39 +133,35 @@ def assemble(scheduled: list[Scheduled], tables: Tables, block_size: int) -> Ass
     np.cumsum(lengths, out=query_starts[1:])
     token_rows = np.repeat(rows, lengths)
     positions = np.arange(query_starts[-1], dtype=np.int32) + np.repeat(starts - query_starts[:-1], lengths)
-    samples = np.array([s.samples for s in scheduled], dtype=bool)
     contexts = starts + lengths
-    parts = upload(
-        [
-            token_rows,
-            positions,
-            rows,
-            query_starts,
-            contexts,
-            plan_tiles(lengths, num_decodes),
-            query_starts[1:][samples] - 1,
-            rows[samples],
-            contexts[samples],
-        ],
-        tables.blocks.device,
-    )
+    device = tables.blocks.device
+    parts = upload([token_rows, positions, rows, query_starts, contexts, plan_tiles(lengths, num_decodes)], device)
     token_rows_d, positions_d = parts[0].long(), parts[1]
     where = positions_d.long()
     slots = tables.blocks[token_rows_d, where // block_size] * block_size + positions_d % block_size
+    batch = Batch(
+        token_ids=tables.tokens[token_rows_d, where],
+        positions=positions_d,
+        slots=slots,
+        block_tables=tables.blocks,
+        plan=AttentionPlan(parts[2], parts[3], parts[4], lengths, contexts, num_decodes, parts[5]),
+    )
+    return batch, finish_assembly(scheduled, query_starts[1:] - 1, device)
+
+
+def finish_assembly(scheduled: list[Scheduled], last: Ints, device: torch.device) -> Assembled:
+    """What follows the forward. last: each sequence's last token in the batch, in the order of `scheduled`."""
+    sampled = np.array([s.samples for s in scheduled], dtype=bool)
+    rows = np.array([s.sequence.row for s in scheduled], dtype=np.int32)
+    contexts = np.array([s.start + s.num_tokens for s in scheduled], dtype=np.int32)
+    index, sample_rows, positions = upload([last[sampled], rows[sampled], contexts[sampled]], device)
     past_prompt = sum(s.num_tokens == 1 and s.start >= s.sequence.prompt_len for s in scheduled)
     return Assembled(
         scheduled=scheduled,
         sampled=[s.sequence for s in scheduled if s.samples],
-        batch=Batch(
-            token_ids=tables.tokens[token_rows_d, where],
-            positions=positions_d,
-            slots=slots,
-            block_tables=tables.blocks,
-            plan=AttentionPlan(parts[2], parts[3], parts[4], lengths, contexts, num_decodes, parts[5]),
-        ),
         num_decode_tokens=past_prompt,
-        num_prefill_tokens=int(query_starts[-1]) - past_prompt,
-        sample_index=parts[6].long(),
-        sample_rows=parts[7].long(),
-        sample_positions=parts[8],
+        num_prefill_tokens=sum(s.num_tokens for s in scheduled) - past_prompt,
+        sample_index=index.long(),
+        sample_rows=sample_rows.long(),
+        sample_positions=positions,
     )

@@ -1,8 +1,11 @@
-"""`octavo-bench`: offline throughput of the engine, beside transformers' own `generate` where asked.
+"""`octavo-bench throughput`: offline throughput of the engine, beside transformers' own `generate` where asked.
 
-    octavo-bench models/pocket                          16 prompts of 128 tokens, 64 tokens out each
-    octavo-bench models/pocket --transformers           the same work through transformers, one by one and batched
-    octavo-bench DIR --load-format dummy --batch 32     random weights: only config.json is needed
+    octavo-bench throughput models/pocket                        16 prompts of 128 tokens, 64 tokens out each
+    octavo-bench throughput models/pocket --transformers         the same through transformers, one by one and batched
+    octavo-bench throughput DIR --load-format dummy --batch 32   random weights: only config.json is needed
+
+Tokens/s are of whole rounds, wall time; below them each variant's prefill and decode apart, by device time over all
+measured rounds (prefill: prompts and their tokens; decode: tokens of all sequences), beside the study's BF16 figures.
 
 Rounds alternate between the contenders, so that a machine that slows down slows all of them; each reports its best
 round and the spread. The prompts are random ids, new in every round, and the prefix cache is off.
@@ -11,33 +14,54 @@ round and the spread. The prompts are random ids, new in every round, and the pr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
 import time
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
 
+from engine import matmul_error
 from engine.config import load_model_config
 from engine.llm import LLM
+from engine.phases import PhaseClock
+from engine.quant.formats import parse_format
 from engine.sequence import SamplingParams
 from engine.weights import count_token_ids
+
+STUDY_PREFILL_SAMPLES_S, STUDY_DECODE_TOK_S = 9.35, 177.52
 
 Prompts = list[list[int]]
 Contender = Callable[[Prompts, int], None]
 
 
-def main() -> None:
-    args = parse_args()
-    contenders: dict[str, Contender] = {f"octavo {v}": octavo(args, v) for v in args.variants.split(",")}
+def main(argv: list[str] | None = None) -> None:
+    """The console script octavo-bench."""
+    args = parse_args(argv)
+    args.run(args)
+
+
+def throughput(args: argparse.Namespace) -> None:
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install 'octavo[plot]'")
+    contenders: dict[str, Contender] = {}
+    clocks: dict[str, PhaseClock] = {}
+    for variant in args.variants.split(","):
+        name = f"octavo {variant}"
+        contenders[name], clocks[name] = octavo(args, variant)
     if args.transformers:
         contenders |= transformers(args)
     rng = random.Random(args.seed)
     vocab = count_token_ids(args.model) or load_model_config(args.model).vocab_size
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    before: dict[str, PhaseClock] = {}
     for round_ in range(args.rounds + 1):
+        if round_ == 1:
+            before = {name: copy(clock) for name, clock in clocks.items()}
         for name, run in contenders.items():
             prompts = [[rng.randrange(vocab) for _ in range(args.input_tokens)] for _ in range(args.batch)]
             start = time.perf_counter()
@@ -45,14 +69,29 @@ def main() -> None:
             if round_ > 0:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
                 print(f"round {round_}/{args.rounds}  {name}: {seconds[name][-1]:.2f} s", flush=True)
-    report(args, seconds)
+    phases = {name: phase_speeds(before[name], clock, args.input_tokens) for name, clock in clocks.items()}
+    report(args, seconds, phases)
 
 
-def parse_args() -> argparse.Namespace:
-    doc = __doc__ or ""
-    parser = argparse.ArgumentParser(
-        "octavo-bench", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("octavo-bench", description="Measurements that need no server.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], doc: str | None) -> argparse.ArgumentParser:
+        assert doc is not None
+        summary = doc.splitlines()[0].partition(": ")[2]
+        added = commands.add_parser(
+            name, help=summary, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.set_defaults(run=run)
+        return added
+
+    add_arguments(command("throughput", throughput, __doc__))
+    matmul_error.add_arguments(command("matmul-error", matmul_error.main, matmul_error.__doc__))
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="a local checkpoint folder")
     add("--variants", default="bf16", help="comma-separated; each is measured alone (default: bf16)")
@@ -67,10 +106,10 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, default=0, help="torch threads on a CPU; 0 is torch's own choice (default: 0)")
     add("--seed", type=int, default=0, help="of the random prompts (default: 0)")
     add("--json", metavar="FILE", help="also write the figures here")
-    return parser.parse_args()
+    add("--plot", metavar="FILE", help="also draw the phases' speeds here, as PNG (needs matplotlib)")
 
 
-def octavo(args: argparse.Namespace, variant: str) -> Contender:
+def octavo(args: argparse.Namespace, variant: str) -> tuple[Contender, PhaseClock]:
     llm = LLM(
         args.model,
         variants=[variant],
@@ -85,7 +124,15 @@ def octavo(args: argparse.Namespace, variant: str) -> Contender:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         llm.generate(prompts, params, variant=variant, use_tqdm=False)
 
-    return run
+    return run, llm.engine.phases[parse_format(variant).name]
+
+
+def phase_speeds(before: PhaseClock, after: PhaseClock, prompt_tokens: int) -> dict[str, float]:
+    """Prefill in samples/s and tokens/s and decode in tokens/s, of what was done between."""
+    prefill = (after.prefill_tokens - before.prefill_tokens) / (after.prefill_seconds - before.prefill_seconds)
+    decode_seconds = after.decode_seconds - before.decode_seconds
+    decode = (after.decode_tokens - before.decode_tokens) / decode_seconds if decode_seconds else 0.0
+    return {"prefill_samples_s": prefill / prompt_tokens, "prefill_tok_s": prefill, "decode_tok_s": decode}
 
 
 def transformers(args: argparse.Namespace) -> dict[str, Contender]:
@@ -119,8 +166,8 @@ def transformers(args: argparse.Namespace) -> dict[str, Contender]:
     return {"transformers one by one": one_by_one, "transformers batched": batched}
 
 
-def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    """Print tokens/s, best and median over the rounds, and each contender's ratio to the first."""
+def report(args: argparse.Namespace, seconds: dict[str, list[float]], phases: dict[str, dict[str, float]]) -> None:
+    """Print tokens/s, best and median over the rounds, and each contender's ratio to the first; then the phases."""
     tokens = args.batch * args.output_tokens
     place = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
     print(
@@ -134,9 +181,35 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
         best, median, worst = (tokens / f(values) for f in (min, statistics.median, max))
         print(f"{name:28}{best:12.0f}{median:10.0f}{worst:10.0f}{first / best:14.2f}")
         rows.append({"name": name, "best_tok_s": best, "median_tok_s": median, "worst_tok_s": worst, "seconds": values})
+    print(f"\n{'':28}{'prefill samples/s':>19}{'prefill tok/s':>15}{'decode tok/s':>14}")
+    print(f"{'the study, BF16':28}{STUDY_PREFILL_SAMPLES_S:19.2f}{'':15}{STUDY_DECODE_TOK_S:14.2f}")
+    for name, speeds in phases.items():
+        samples, prefill, decode = speeds.values()
+        print(f"{name:28}{samples:19.2f}{prefill:15.0f}{decode:14.2f}")
+    if args.plot:
+        plot(phases, args.plot)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
-            json.dump({"settings": vars(args), "device": place, "results": rows}, f, indent=1)
+            settings = {k: v for k, v in vars(args).items() if k != "run"}
+            json.dump({"settings": settings, "device": place, "results": rows, "phases": phases}, f, indent=1)
+
+
+def plot(phases: dict[str, dict[str, float]], path: str) -> None:
+    """A panel of bars for each phase, the study's figure as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.5 + 0.4 * len(phases)), layout="tight")
+    studys = (
+        ("prefill_samples_s", STUDY_PREFILL_SAMPLES_S, "prefill, samples/s"),
+        ("decode_tok_s", STUDY_DECODE_TOK_S, "decode, tokens/s"),
+    )
+    for panel, (key, study, title) in zip(figure.subplots(1, 2), studys, strict=True):
+        panel.barh(list(phases), [speeds[key] for speeds in phases.values()])
+        panel.axvline(study, color="black", linestyle=":", label="the study, BF16")
+        panel.set_title(title)
+        panel.invert_yaxis()
+        panel.legend()
+    figure.savefig(path, format="png", dpi=120)
 
 
 if __name__ == "__main__":

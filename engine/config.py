@@ -56,10 +56,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: a local folder. variants: names of `quant.formats`; the first is the default. dtype: "auto" is the
     checkpoint's on a GPU and float32 on a CPU. load_format: "auto" reads safetensors, "dummy" makes random weights from
-    the config alone. max_num_batched_tokens: the budget of one step over all variants. kv_cache_tokens: size of the KV
-    pool in tokens; 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched
-    before the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU,
-    decode steps are captured at start and replayed. num_threads: of torch on a CPU; 0 is torch's own.
+    the config alone. max_num_batched_tokens: the budget of one step over all variants. max_prefill_beside_decode:
+    prefill tokens of a step that also decodes; it bounds the gap between two tokens of a stream. block_size and
+    kv_cache_tokens: of one block and of the whole KV pool, in tokens of the computing dtype (an 8-bit cache fits two or
+    four for one); 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched before
+    the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU, decode steps are captured at
+    start and replayed. num_threads: of torch on a CPU; 0 is torch's own.
     """
 
     model: str
@@ -70,6 +72,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # 0: the checkpoint's, or what fits the pool if that is less
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 0  # 0: 8192 on a GPU, 2048 on a CPU
+    max_prefill_beside_decode: int = 2048
     block_size: int = 16
     kv_cache_tokens: int = 0
     gpu_memory_utilization: float = 0.85

@@ -67,11 +67,16 @@ class Engine:
         names = list(self.runner.variants)
         self.blocks = BlockManager(self.runner.num_blocks)
         self.scheduler = Scheduler(
-            self.blocks, config.block_size, names, config.max_num_seqs, config.max_num_batched_tokens
+            self.blocks,
+            self.runner.block_sizes,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_prefill_beside_decode,
         )
         self.sequences: dict[int, Sequence] = {}
         self.phases = {name: PhaseClock() for name in names}
         self.num_steps = 0
+        self.step_seconds = 0.0
         self.step_started: float | None = None
         self._flights: deque[Flight] = deque()
 
@@ -84,7 +89,7 @@ class Engine:
             eos_token_ids=sorted(self.eos_token_ids),
             default_variant=next(iter(variants)),
             variants=[
-                VariantInfo(name, v.fingerprint, self.config.block_size, v.own_bytes, v.shared_bytes)
+                VariantInfo(name, v.fingerprint, self.runner.block_sizes[name], v.own_bytes, v.shared_bytes)
                 for name, v in variants.items()
             ],
             num_blocks=self.runner.num_blocks,
@@ -145,6 +150,7 @@ class Engine:
             flight.wait()
             for share in flight.variants:
                 self._take(share, result)
+        self.step_seconds += time.monotonic() - self.step_started
         self.step_started = None
         return result
 
@@ -168,7 +174,16 @@ class Engine:
             )
         busy = time.monotonic() - started if started is not None else 0.0
         used, cached = self.blocks.num_used, self.blocks.num_cached
-        return EngineStats(self.num_steps, busy, self.blocks.num_blocks, used, cached, variants)
+        return EngineStats(
+            steps=self.num_steps,
+            busy_seconds=busy,
+            blocks_total=self.blocks.num_blocks,
+            blocks_used=used,
+            blocks_cached=cached,
+            variants=variants,
+            step_seconds=self.step_seconds,
+            graph_replays=self.runner.num_replays,
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ sequences that have no context, store nothing and write to a spare row of the ta
 between steps can come between them:
 
     forward    per (variant, size): inputs from the tables, model, head -> `logits`, one buffer shared by all
-    greedy     per size, shared by all variants: arg max, and the ids into the token table
+    draw       per size, shared by all variants: greedy or plain draws, and the ids into the token table
 
 All graphs share one memory pool: their replays follow one another on one stream. Inputs are two int32 vectors, the rows
 and the contexts, in buffers of their own; everything else is already on the device.
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from engine.batch import Tables, decode_batch
+from engine.kernels import KVCache
 from engine.models.qwen import Qwen
+from engine.sampling import SamplingPlan, sample
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 
@@ -37,24 +39,24 @@ class DecodeGraphs:
         self,
         models: dict[str, Qwen],
         tables: Tables,
-        kv: Tensor,
-        block_size: int,
+        kv: dict[str, list[KVCache]],
+        block_sizes: dict[str, int],
         num_ids: int,
         max_size: int,
     ) -> None:
         self.models, self.tables, self.kv = models, tables, kv
-        self.block_size, self.num_ids = block_size, num_ids
-        self.device = kv.device
+        self.block_sizes, self.num_ids = block_sizes, num_ids
+        self.device = tables.tokens.device
         self.sizes = [s for s in SIZES if s < max_size] + [max_size] if max_size else []
-        vocab_size = next(iter(models.values())).config.vocab_size
-        self.logits = torch.zeros(max_size, vocab_size, dtype=torch.float32, device=self.device)
+        embedding = next(iter(models.values())).embedding  # [V, H]
+        self.logits = embedding.new_zeros(max_size, embedding.shape[0])
         spare = tables.tokens.shape[0] - 1
         # rows and contexts (this step's token included) of up to max_size sequences; context 0 is padding
         self._inputs = torch.tensor([[spare] * max_size, [0] * max_size], dtype=torch.int32, device=self.device)
         self._spare = spare
         self._tokens = torch.zeros(max_size, dtype=torch.int64, device=self.device)
         self._forward: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
+        self._draw: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -76,10 +78,11 @@ class DecodeGraphs:
         """Capture everything, largest first, so that smaller graphs reuse the memory of larger ones."""
         for size in reversed(self.sizes):
             for variant in self.models:
-                self._forward[variant, size] = self._record(partial(self._run_forward, variant, size))
-            self._greedy[size] = self._record(partial(self._run_greedy, size))
+                self._forward[variant, size] = self.record(partial(self._run_forward, variant, size))
+            self._draw[size] = self.record(partial(self._run_draw, size))
 
-    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Capture `work` into this object's memory pool."""
         for _ in range(WARM_UP_RUNS):
             work()
         graph = torch.cuda.CUDAGraph()
@@ -89,14 +92,14 @@ class DecodeGraphs:
 
     def _run_forward(self, variant: str, size: int) -> None:
         model = self.models[variant]
-        batch = decode_batch(self._inputs[0, :size], self._inputs[1, :size], self.tables, self.block_size)
-        self.logits[:size].copy_(model.head(model.forward(batch, self.kv)))
+        batch = decode_batch(self._inputs[0, :size], self._inputs[1, :size], self.tables, self.block_sizes[variant])
+        self.logits[:size].copy_(model.logits(model.forward(batch, self.kv[variant])))
 
-    def _run_greedy(self, size: int) -> None:
-        tokens = self.logits[:size, : self.num_ids].argmax(-1)
-        self._tokens[:size].copy_(tokens)
-        rows, contexts = self._inputs[0, :size].long(), self._inputs[1, :size].long()
-        self.tables.tokens[rows, contexts] = tokens.int()
+    def _run_draw(self, size: int) -> None:
+        rows, contexts, t = self._inputs[0, :size].long(), self._inputs[1, :size], self.tables
+        tokens = sample(self.logits[:size], rows, contexts, t.floats, t.ints, t.tokens, self.num_ids, SamplingPlan())
+        self._tokens[:size].copy_(tokens.tokens)
+        t.tokens[rows, contexts.long()] = tokens.tokens.int()
 
     def covers(self, scheduled: list[Scheduled]) -> bool:
         """Whether this batch is one token of each of at most `max_size` sequences, all sampled, no prompt logprobs."""
@@ -106,7 +109,7 @@ class DecodeGraphs:
         )
 
     def forward(self, variant: str, rows: npt.NDArray[np.int32], contexts: npt.NDArray[np.int32]) -> Tensor:
-        """Replay one variant's decode step; logits [B, V] float32, valid until the next call."""
+        """Replay one variant's decode step; logits [B, V], valid until the next call."""
         size = self._size(len(rows))
         padded = np.zeros((2, size), dtype=np.int32)
         padded[0, len(rows) :] = self._spare
@@ -115,9 +118,12 @@ class DecodeGraphs:
         self._forward[variant, size].replay()
         return self.logits[: len(rows)]
 
-    def greedy(self, num_sequences: int) -> Tensor:
-        """The best id of each of the rows of the last `forward`, [B] int64, also written to the token table."""
-        self._greedy[self._size(num_sequences)].replay()
+    def draw(self, num_sequences: int) -> Tensor:
+        """An id for each of the rows of the last `forward`, [B] int64, also written to the token table.
+
+        What their parameters ask beyond temperature and seed is ignored: for `SamplingPlan.is_plain` only.
+        """
+        self._draw[self._size(num_sequences)].replay()
         return self._tokens[:num_sequences]
 
     def _size(self, num_sequences: int) -> int:

@@ -171,7 +171,11 @@ class VariantStats(msgspec.Struct, array_like=True):
 
 
 class EngineStats(msgspec.Struct, array_like=True):
-    """The engine at one moment. busy_seconds: how long the present step has been running (0 when idle)."""
+    """The engine at one moment. busy_seconds: how long the present step has been running (0 when idle).
+
+    step_seconds: wall time of all steps so far; what of it is not the variants' device time, the device waited for the
+    host. graph_replays: batches that ran through a CUDA graph.
+    """
 
     steps: int
     busy_seconds: float
@@ -179,6 +183,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     blocks_used: int  # referenced by a sequence
     blocks_cached: int  # free, but holding a reusable prefix
     variants: dict[str, VariantStats]
+    step_seconds: float = 0.0
+    graph_replays: int = 0
 
 
 class EngineReady(msgspec.Struct, tag="ready", array_like=True):

@@ -24,6 +24,7 @@ import zmq
 
 from engine.config import EngineConfig, ModelError
 from engine.core import Engine, StepResult
+from engine.logs import set_up_logging
 from engine.messages import (
     CLIENT_SHIFT,
     ENGINE_ENDPOINT,
@@ -49,6 +50,8 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     ipc_dir: str
     epoch: int
+    log_format: str = "text"
+    log_level: str = "info"
 
 
 class EngineServer:
@@ -120,8 +123,8 @@ class EngineServer:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ProcessConfig)
+    set_up_logging(config.log_format, config.log_level)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         engine = Engine(config.engine)

@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.batch import Assembled, Tables, assemble, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
+from engine.kv_pool import KVPool, bytes_per_block, tokens_per_block
+from engine.mixed_graphs import MixedGraphs
 from engine.models.qwen import Qwen
 from engine.quant.formats import Format, parse_format
 from engine.quant.variants import Variant, build_variants
@@ -111,26 +113,30 @@ class Runner:
         formats = [parse_format(name) for name in config.variants]
         max_len = config.max_model_len or model_config.max_position_embeddings
         self.variants = self._load(formats, max_len)
-        self.num_blocks = self._pool_blocks(config.max_num_batched_tokens, max_len)
-        self.max_model_len = min(max_len, self.num_blocks * config.block_size)
+        kvs = {f.kv for f in formats}
+        self.block_sizes = {f.name: tokens_per_block(config.block_size, self.dtype, f.kv) for f in formats}
+        block_size = min(self.block_sizes.values())
+        self.num_blocks = self._pool_blocks(config.max_num_batched_tokens, max_len, kvs, block_size)
+        self.max_model_len = min(max_len, self.num_blocks * block_size)
         if config.max_model_len > self.max_model_len:
             raise ModelError(
                 f"max_model_len {config.max_model_len} does not fit the KV pool of "
-                f"{self.num_blocks * config.block_size} tokens; lower it or enlarge the pool"
+                f"{self.num_blocks * block_size} tokens; lower it or enlarge the pool"
             )
-        c = model_config
-        self.kv = torch.zeros(
-            (c.num_layers, 2, self.num_blocks, config.block_size, c.num_kv_heads, c.head_dim),
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
+        self.pool = KVPool(model_config, self.num_blocks, config.block_size, self.dtype, kvs, self.device)
+        caches = {kv: self.pool.caches(kv) for kv in kvs}
+        self.kv = {f.name: caches[f.kv] for f in formats}
+        self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, block_size, self.device)
         self.graphs: DecodeGraphs | None = None
+        self.mixed_graphs: MixedGraphs | None = None
+        self.num_replays = 0  # batches that ran through a graph
         if config.cuda_graphs and self.device.type == "cuda":
             models = {name: v.model for name, v in self.variants.items()}
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
-            self.graphs = DecodeGraphs(models, self.tables, self.kv, config.block_size, num_ids, size)
+            self.graphs = DecodeGraphs(models, self.tables, self.kv, self.block_sizes, num_ids, size)
             self.graphs.capture()
+            self.mixed_graphs = MixedGraphs(models, self.tables, self.kv, self.block_sizes)
+            self.mixed_graphs.capture(self.graphs.record)
         if self.device.type == "cuda":
             self._warm_up()
 
@@ -140,8 +146,8 @@ class Runner:
         spare = self.tables.tokens.shape[0] - 1
         for size in WARM_UP_ROWS:
             batch = prefill_batch(spare, min(size, self.max_model_len), self.tables)
-            for variant in self.variants.values():
-                variant.model.forward(batch, self.kv)
+            for name, variant in self.variants.items():
+                variant.model.forward(batch, self.kv[name])
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
@@ -152,12 +158,12 @@ class Runner:
         with SafetensorsCheckpoint(self.config.model) as checkpoint:
             return build_variants(c, checkpoint, formats, max_len, self.device, self.dtype)
 
-    def _pool_blocks(self, max_batched: int, max_len: int) -> int:
-        """Blocks of the KV pool: as configured, or what memory allows."""
-        c, size = self.model_config, self.config.block_size
-        block_bytes = 2 * c.num_layers * size * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+    def _pool_blocks(self, max_batched: int, max_len: int, kvs: set[str | None], size: int) -> int:
+        """Blocks of the KV pool: as configured, or what memory allows. size: tokens that any variant has in a block."""
+        c = self.model_config
+        block_bytes = bytes_per_block(c, self.config.block_size, self.dtype, kvs)
         if self.config.kv_cache_tokens:
-            return -(-self.config.kv_cache_tokens // size)
+            return -(-self.config.kv_cache_tokens // self.config.block_size)
         if self.device.type == "cpu":
             return max(CPU_KV_BYTES // block_bytes, -(-max_len // size))
         torch.cuda.empty_cache()
@@ -199,16 +205,16 @@ class Runner:
     def _largest(self, scheduled: list[Scheduled]) -> list[Sequence]:
         """The sequence with most tokens in this batch, and those that share blocks it was to compute in it."""
         largest = max(scheduled, key=lambda s: s.num_tokens)
-        computed = set(largest.sequence.blocks[largest.start // self.config.block_size :])
+        computed = set(largest.sequence.blocks[largest.start // self.block_sizes[largest.sequence.variant] :])
         return [s.sequence for s in scheduled if s is largest or computed & set(s.sequence.blocks)]
 
     def _launch_variant(self, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
         if self.graphs is not None and self.graphs.covers(scheduled):
+            self.num_replays += 1
             return self._replay(self.graphs, variant, scheduled)
         clock = PhaseTimer(self.device)
         model = self.variants[variant].model
-        a = assemble(scheduled, self.tables, self.config.block_size)
-        hidden = model.forward(a.batch, self.kv)  # [T, H]
+        hidden, a = self._forward(variant, scheduled)
         pieces, prompt_ids, prompt_values = self._prompt_logprobs(model, hidden, a)
         ids = values = None
         tokens, num_top = a.sample_rows, 0
@@ -236,6 +242,15 @@ class Runner:
             prompt_values=prompt_values,
         )
 
+    def _forward(self, variant: str, scheduled: list[Scheduled]) -> tuple[Tensor, Assembled]:
+        """Hidden states [T, H] of a batch, through a graph where one holds it."""
+        layout = self.mixed_graphs.layout_for(scheduled) if self.mixed_graphs is not None else None
+        if self.mixed_graphs is not None and layout is not None:
+            self.num_replays += 1
+            return self.mixed_graphs.forward(variant, scheduled, layout)
+        batch, a = assemble(scheduled, self.tables, self.block_sizes[variant])
+        return self.variants[variant].model.forward(batch, self.kv[variant]), a
+
     def _replay(self, graphs: DecodeGraphs, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
         """A batch that only decodes, through the captured graphs."""
         clock = PhaseTimer(self.device)
@@ -244,8 +259,8 @@ class Runner:
         contexts = np.array([s.start + 1 for s in scheduled], dtype=np.int32)
         logits = graphs.forward(variant, rows, contexts)
         plan, ids, values = plan_sampling(sequences), None, None
-        if plan.is_greedy:
-            tokens = to_host(graphs.greedy(len(sequences)))
+        if plan.is_plain:
+            tokens = to_host(graphs.draw(len(sequences)))
         else:
             sampled = self._sample(logits, graphs.rows[: len(rows)].long(), graphs.contexts[: len(rows)], plan)
             tokens, ids, values = self._fetch(sampled)
@@ -303,7 +318,7 @@ class Runner:
         where = to_device(np.array(targets).T, self.device)  # [2, positions]
         tokens = self.tables.tokens[where[0], where[1]].long()
         chunks = [
-            gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
+            gather_logprobs(model.logits(hidden[i]).float(), t, top, self.num_ids, [])
             for i, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (index, tokens)), strict=True)
         ]
         return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import kernels
 from engine.sequence import SamplingParams, Sequence
 from engine.transfer import to_device
 
@@ -26,6 +27,7 @@ TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
 TOP_K, SEED_LOW, SEED_HIGH, PROMPT_LEN = range(4)
 NUM_FLOATS, NUM_INTS = 6, 4
 
+MAX_TOP_K, NO_LIMIT = 1024, 1 << 30  # beyond so many, sorting all is as good as selecting
 PENALTY_CHUNK = 64  # rows whose counts over the vocabulary exist at one time
 
 
@@ -43,8 +45,7 @@ def int_row(sequence: Sequence) -> list[int]:
 class SamplingPlan:
     """What the host knows of one batch's sampling: which passes it needs, and the few values that are not in tables."""
 
-    draw: bool = False
-    filters: bool = False
+    filter_width: int = 0  # how many of the best ids the filters must look at; 0: no row filters
     penalised: list[int] = field(default_factory=list)  # rows of the batch
     penalty_len: int = 0  # longest sequence among them
     edits: list[tuple[int, int, float]] = field(default_factory=list)  # (row of the batch, id, added value)
@@ -52,9 +53,9 @@ class SamplingPlan:
     named: list[list[int]] = field(default_factory=list)  # ids by row of the batch, if any row names some
 
     @property
-    def is_greedy(self) -> bool:
-        """Nothing but the arg max is wanted."""
-        return not (self.draw or self.penalised or self.edits) and self.num_logprobs < 0
+    def is_plain(self) -> bool:
+        """Nothing but a greedy or a plain draw is wanted."""
+        return not (self.filter_width or self.penalised or self.edits) and self.num_logprobs < 0
 
 
 def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
@@ -62,10 +63,9 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
     plan = SamplingPlan()
     for row, s in enumerate(sequences):
         p = s.params
-        if p.temperature > 0:
-            plan.draw = True
-            if p.top_p < 1 or p.top_k > 0 or p.min_p > 0:
-                plan.filters = True
+        if p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0):
+            narrow = p.top_k if p.top_k > 0 else 1 if p.top_p == 1 else MAX_TOP_K + 1
+            plan.filter_width = max(plan.filter_width, narrow if narrow <= MAX_TOP_K else NO_LIMIT)
         if p.has_penalties:
             plan.penalised.append(row)
             plan.penalty_len = max(plan.penalty_len, s.num_tokens - 1)
@@ -106,19 +106,43 @@ def sample(
 ) -> Sampled:
     """Sample one token a row.
 
-    logits: [B, V] float32, changed in place. rows: [B] int64, row of the tables. positions: [B] int32, where the new
-    token will stand. floats, ints: the parameter tables [S, 6], [S, 4]. token_table: [S, max_len] int32. num_ids: ids
-    at or beyond it are never sampled.
+    logits: [B, V] in any floating dtype. rows: [B] int64, row of the tables. positions: [B] int32, where the new token
+    will stand. floats, ints: the parameter tables [S, 6], [S, 4]. token_table: [S, max_len] int32. num_ids: ids at or
+    beyond it are never sampled.
     """
-    device = logits.device
-    raw = logits.clone() if plan.num_logprobs >= 0 and _edits_logits(plan, logits, num_ids) else logits
+    raw = logits
+    if plan.edits or plan.penalised:
+        logits = _edit(raw.to(torch.float32, copy=True), rows, positions, floats, ints, token_table, plan)
+    f = floats[rows]
+    thresholds = None
+    if plan.filter_width:
+        width = min(plan.filter_width, num_ids)
+        thresholds = filter_thresholds(logits[:, :num_ids], f, ints[rows, TOP_K], width)
+    temperature = f[:, TEMPERATURE].contiguous()
+    seeds = ints[rows, SEED_LOW].contiguous(), ints[rows, SEED_HIGH].contiguous()
+    tokens = kernels.draw(logits, temperature, thresholds, *seeds, positions, num_ids)
+    if plan.num_logprobs < 0:
+        return Sampled(tokens, None, None)
+    ids, values = gather_logprobs(raw.float(), tokens, plan.num_logprobs, num_ids, plan.named)
+    return Sampled(tokens, ids, values)
+
+
+def _edit(
+    logits: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    token_table: Tensor,
+    plan: SamplingPlan,
+) -> Tensor:
+    """Bias and bans, then penalties; logits [B, V] float32 changed in place."""
     if plan.edits:
-        where = to_device(np.array([e[:2] for e in plan.edits]).T, device)  # [2, number of edits]
-        values = to_device(np.array([e[2] for e in plan.edits], dtype=np.float32), device)
+        where = to_device(np.array([e[:2] for e in plan.edits]).T, logits.device)  # [2, number of edits]
+        values = to_device(np.array([e[2] for e in plan.edits], dtype=np.float32), logits.device)
         logits[where[0], where[1]] = logits[where[0], where[1]] + values
     for start in range(0, len(plan.penalised), PENALTY_CHUNK):
-        chunk = plan.penalised[start : start + PENALTY_CHUNK]
-        index = to_device(np.array(chunk), device)
+        index = to_device(np.array(plan.penalised[start : start + PENALTY_CHUNK]), logits.device)
         logits[index] = penalise(
             logits[index],
             token_table[rows[index], : plan.penalty_len],
@@ -126,26 +150,7 @@ def sample(
             ints[rows[index], PROMPT_LEN],
             floats[rows[index]],
         )
-    if num_ids < logits.shape[1]:
-        logits[:, num_ids:] = float("-inf")
-    if not plan.draw:
-        tokens = logits.argmax(-1)
-    else:
-        f = floats[rows]
-        temperature = f[:, TEMPERATURE, None]
-        scaled = logits / torch.where(temperature > 0, temperature, 1.0).clamp(min=1e-5)
-        if plan.filters:
-            scaled = filter_logits(scaled, ints[rows, TOP_K], f[:, TOP_P], f[:, MIN_P])
-        noise = gumbel_noise(ints[rows, SEED_LOW], ints[rows, SEED_HIGH], positions, logits.shape[1])
-        tokens = torch.where(temperature > 0, scaled + noise, logits).argmax(-1)
-    if plan.num_logprobs < 0:
-        return Sampled(tokens, None, None)
-    ids, values = gather_logprobs(raw, tokens, plan.num_logprobs, num_ids, plan.named)
-    return Sampled(tokens, ids, values)
-
-
-def _edits_logits(plan: SamplingPlan, logits: Tensor, num_ids: int) -> bool:
-    return bool(plan.edits or plan.penalised or num_ids < logits.shape[1])
+    return logits
 
 
 def penalise(logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lens: Tensor, floats: Tensor) -> Tensor:
@@ -166,42 +171,30 @@ def penalise(logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lens: Tenso
     return logits - floats[:, FREQUENCY, None] * counts - floats[:, PRESENCE, None] * (counts > 0)
 
 
-def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Mask all but the top-k, then all but the smallest set holding top-p of what is left, then ids below min-p of the
-    best.
+def filter_thresholds(logits: Tensor, floats: Tensor, top_k: Tensor, width: int) -> Tensor:
+    """[B] float32: an id may be drawn if its logit is at least this. Ids that tie with the last one kept are kept.
 
-    logits [B, V] after temperature; top_k [B] int32 (0: off), top_p, min_p [B]. Top-p follows Holtzman et al., 2020
-    (arXiv:1904.09751): an id stays while the mass before it is below top_p.
+    Top-k, then the smallest set that holds top-p of what is left (Holtzman et al., 2020, arXiv:1904.09751: an id stays
+    while the mass before it is below top_p), then ids of at least min-p of the best one's probability.
+
+    logits [B, V] before temperature; floats [B, 6]; top_k [B] int32 (0: off). width: how many of the best to look at:
+    the largest top_k, or V when a row has top-p alone.
     """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    place = torch.arange(logits.shape[1], device=logits.device)[None, :]
-    keep = (place < top_k[:, None]) | (top_k[:, None] <= 0)
-    probabilities = ordered.masked_fill(~keep, float("-inf")).softmax(-1)
+    if width < logits.shape[1]:
+        ordered = logits.topk(width, dim=-1).values.float()  # [B, W] falling
+    else:
+        ordered = logits.sort(dim=-1, descending=True).values.float()
+    temperature = floats[:, TEMPERATURE, None].clamp(min=1e-5)
+    place = torch.arange(width, device=logits.device)[None, :]
+    within = (place < top_k[:, None]) | (top_k[:, None] <= 0)
+    probabilities = (ordered / temperature).masked_fill_(~within, float("-inf")).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    keep &= before < top_p[:, None]
-    keep &= probabilities >= min_p[:, None] * probabilities[:, :1]
-    keep[:, 0] = True
-    return torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(~keep, float("-inf")))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers with good avalanche (Wellons' lowbias32, github.com/skeeto/hash-prospector),
-    int32.
-    """
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - (1 << 32))  # as a signed 32-bit factor
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """[B, V] float32 standard Gumbel noise, a function of (seed, position, id) alone. Seeds, positions: [B] int32."""
-    key = _mix(_mix(_mix(seed_low) ^ seed_high) + positions)[:, None]
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=key.device)[None, :]
-    bits = _mix(_mix(ids * (0x9E3779B1 - (1 << 32)) ^ key) + key)  # the golden ratio spreads neighbouring ids
-    uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
-    return -torch.log(-torch.log(uniform))
+    num_kept = (within & (before < floats[:, TOP_P, None])).sum(-1).clamp(min=1)
+    last = ordered.gather(1, (num_kept - 1)[:, None])[:, 0]
+    nucleus = (top_k > 0) | (floats[:, TOP_P] < 1)
+    by_rank = torch.where(nucleus, last, float("-inf"))
+    # p >= min_p * best, in logits; log 0 is -inf: off
+    return torch.maximum(by_rank, ordered[:, 0] + temperature[:, 0] * floats[:, MIN_P].log())
 
 
 def gather_logprobs(

@@ -5,8 +5,9 @@ gets. Prefill, chunks of it, prefix hits, decode and resumed sequences are that 
 
 1. Running sequences that want one token (decode) come first, oldest first. Who needs a block when none is free preempts
    the newest running sequence, which gives up its blocks and later computes again from its known tokens.
-2. What is left of the budget goes to prefill, variant by variant, the first variant rotating from step to step: running
-   sequences in the middle of their prompt, then waiting ones in order of arrival.
+2. What is left of the budget, or less beside decode so that streams do not stall, goes to prefill, variant by variant,
+   the first variant rotating from step to step: running sequences in the middle of their prompt, then waiting ones in
+   order of arrival.
 
 A sequence is admitted only when the pool has room for all its known tokens, and takes these blocks at once; so a
 prompt, once begun, never runs out of blocks. A waiting sequence whose next prefix block is being computed by another
@@ -45,24 +46,26 @@ class Counters:
 class Scheduler:
     """Waiting and running sequences of every variant over one pool of blocks.
 
+    block_sizes: tokens in a block, by variant.
     After each `schedule`, `admitted` and `new_blocks` hold what the device's tables must learn before the step.
     """
 
     def __init__(
         self,
         blocks: BlockManager,
-        block_size: int,
-        variants: list[str],
+        block_sizes: dict[str, int],
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_prefill_beside_decode: int = 2048,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must be able to decode in one step"
         self.blocks = blocks
-        self.block_size = block_size
+        self.block_sizes = block_sizes
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: dict[str, deque[Sequence]] = {v: deque() for v in variants}
+        self.max_prefill_beside_decode = max_prefill_beside_decode
+        self.waiting: dict[str, deque[Sequence]] = {v: deque() for v in block_sizes}
         self.running: dict[int, Sequence] = {}  # by id, oldest first
-        self.counters = {v: Counters() for v in variants}
+        self.counters = {v: Counters() for v in block_sizes}
         self.admitted: list[Sequence] = []
         self.new_blocks: list[tuple[int, int, int]] = []  # (row, index in the table, block)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -98,7 +101,10 @@ class Scheduler:
         self.admitted.clear()
         self.new_blocks.clear()
         step: dict[str, list[Scheduled]] = {}
-        budget = self.max_num_batched_tokens - self._schedule_decode(step)
+        num_decodes = self._schedule_decode(step)
+        budget = self.max_num_batched_tokens - num_decodes
+        if num_decodes:
+            budget = min(budget, self.max_prefill_beside_decode)
         names = list(self.waiting)
         before = budget
         for name in names[self._turn :] + names[: self._turn]:
@@ -111,12 +117,12 @@ class Scheduler:
         """The host has learnt one more token: a block that is full of known, computed tokens gets its hash."""
         if not sequence.cache_seed:
             return
-        full = len(sequence.hashes)
-        end = (full + 1) * self.block_size
+        full, block_size = len(sequence.hashes), self.block_sizes[sequence.variant]
+        end = (full + 1) * block_size
         if len(sequence.token_ids) < end or sequence.num_computed < end or len(sequence.blocks) <= full:
             return
         parent = sequence.hashes[-1] if full else sequence.cache_seed
-        sequence.hashes.append(hash_block(parent, sequence.token_ids[end - self.block_size : end]))
+        sequence.hashes.append(hash_block(parent, sequence.token_ids[end - block_size : end]))
         self.blocks.register(sequence.blocks[full], sequence.hashes[-1], pending=False)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -126,8 +132,8 @@ class Scheduler:
         for sequence in list(self.running.values()):
             if sequence.row < 0 or sequence.wants != 1:  # row < 0: preempted a moment ago
                 continue
-            start = sequence.num_computed
-            if start // self.block_size == len(sequence.blocks) and not self._grow(sequence):
+            held = len(sequence.blocks) * self.block_sizes[sequence.variant]
+            if sequence.num_computed == held and not self._grow(sequence):
                 continue
             self._schedule(step, sequence, 1)
             used += 1
@@ -175,7 +181,8 @@ class Scheduler:
         sequence.num_computed = end
         if samples:
             sequence.num_tokens += 1
-        for block in sequence.blocks[start // self.block_size : end // self.block_size]:
+        block_size = self.block_sizes[sequence.variant]
+        for block in sequence.blocks[start // block_size : end // block_size]:
             self.blocks.mark_computed(block)
         return num_tokens
 
@@ -190,7 +197,7 @@ class Scheduler:
         if sequence.next_prompt_logprob < sequence.prompt_len:
             limit = min(limit, sequence.next_prompt_logprob - 1)
         hits: list[int] = []
-        for block_hash in sequence.hashes[: limit // self.block_size]:
+        for block_hash in sequence.hashes[: limit // self.block_sizes[sequence.variant]]:
             found = self.blocks.find(block_hash)
             if found is None:
                 break
@@ -201,7 +208,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, hits: list[int]) -> bool:
         """Give a waiting sequence a row and blocks for all its known tokens; False when the pool has no room."""
-        total = -(-sequence.num_tokens // self.block_size)
+        block_size = self.block_sizes[sequence.variant]
+        total = -(-sequence.num_tokens // block_size)
         free_hits = sum(self.blocks.is_free(b) for b in hits)
         if total - len(hits) > self.blocks.num_free - free_hits:
             return False
@@ -211,7 +219,7 @@ class Scheduler:
         for block, block_hash in list(zip(sequence.blocks, sequence.hashes, strict=False))[len(hits) :]:
             self.blocks.register(block, block_hash, pending=True)
         sequence.row = self._free_rows.pop()
-        sequence.num_computed = len(hits) * self.block_size
+        sequence.num_computed = len(hits) * block_size
         counters = self.counters[sequence.variant]
         if sequence.first_scheduled is None:
             sequence.first_scheduled = time.monotonic()

@@ -1,300 +1,262 @@
-"""Closed-loop streaming load on an OpenAI-style /v1/completions server: octavo-load.
+"""octavo-load: measure an OpenAI-style server under streaming load.
 
-`concurrency` slots each send a request, read its stream to the end and send the next, until `requests` are done.
-Prompts are random token ids, so that no two share a prefix; generation is greedy and ignores EOS, so that every answer
-has the same length. Variants are taken in turn. Slots are spread over `processes`: one Python process reads some
-ten thousand events a second, and `client_cpu` near 1.0 says that the figure is the client's, not the server's.
+    octavo-load URL [options]            run, print a table, save with --out
+    octavo-load compare A.json B.json    two saved results side by side, with intervals
 
-Time to first token (TTFT) runs from sending to the first event with text; a gap lies between two such events of one
-stream. Tokens are counted by the server's usage. Percentiles are nearest-rank.
+One run for each --concurrency (closed loop) or --rate (open loop); --sweep looks for the highest rate that keeps an
+SLO. `settings` holds what can be asked, `workload` makes the requests, `drive` sends them from processes of its own,
+`summary` makes figures, `report` files. Exit codes: 0, 1 a request failed, 2 wrong words or no usable server, 130
+interrupted (what was measured is saved first).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import math
-import multiprocessing
 import os
-import random
 import sys
-import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
 
-import aiohttp
+from loadtest.compare import compare_files
+from loadtest.drive import Progress, drive
+from loadtest.report import save
+from loadtest.settings import OPTIONS, LoadError, Settings, settings_from
+from loadtest.summary import summarize
+from loadtest.workload import Point, models_of
 
-FIRST_TOKEN_ID = 3  # below are control tokens in many vocabularies
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked of one server. Lengths are in tokens; a prompt's ids lie in [3, `max_token_id`]."""
-
-    url: str
-    models: tuple[str, ...]
-    concurrency: int
-    requests: int
-    input_tokens: int = 128
-    output_tokens: int = 64
-    processes: int = 1
-    max_token_id: int = 999
-    seed: int = 0
-    timeout_seconds: float = 600.0
-    api_key: str | None = field(default=None, repr=False)
+PROG = "octavo-load"
+ASK_SECONDS = 10.0  # for the server to say what it serves
+SWEEP_SECONDS = 20.0  # of one trial
+SWEEP_PRECISION = 1.1  # a sweep ends when the lowest failing rate is within this factor of the highest that kept
+EXAMPLES = """\
+examples:
+  octavo-load http://127.0.0.1:8000 --concurrency 1,16 --input-tokens 512 --output-tokens 128
+  octavo-load http://127.0.0.1:8000 --mix bf16=1,int8-row=2 --arrivals poisson --rate 4 --duration 60 --out result
+  octavo-load http://127.0.0.1:8000 --scenario loadtest/scenarios/chat.toml --sweep 1:64 --slo ttft_p99=500ms
+  octavo-load http://127.0.0.1:8000 --arrivals trace --trace AzureLLMInferenceTrace_conv.csv --trace-speed 2
+"""
 
 
-@dataclass
-class Tally:
-    """What one client process saw. Times are in seconds; begin and end are of the machine's monotonic clock."""
-
-    begin: float = 0.0
-    end: float = 0.0
-    cpu_seconds: float = 0.0
-    done: int = 0
-    output_tokens: int = 0
-    ttft: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-
-def percentiles(values: list[float]) -> dict[str, float] | None:
-    """p50, p90 and p99 in milliseconds; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return {f"p{q}": round(1e3 * ordered[math.ceil(q / 100 * len(ordered)) - 1], 3) for q in (50, 90, 99)}
-
-
-def summarize(load: Load, tallies: list[Tally]) -> dict[str, Any]:
-    """One run's figures: the load's own settings (without the key) and what was measured."""
-    seconds = max(t.end for t in tallies) - min(t.begin for t in tallies)
-    errors = [message for t in tallies for message in t.errors]
-    output_tokens = sum(t.output_tokens for t in tallies)
-    settings = asdict(load)
-    del settings["api_key"]
-    return settings | {
-        "seconds": round(seconds, 3),
-        "done": sum(t.done for t in tallies),
-        "errors": len(errors),
-        "first_error": errors[0] if errors else None,
-        "output_tokens_total": output_tokens,
-        "output_tokens_per_second": round(output_tokens / seconds, 1),
-        "requests_per_second": round(sum(t.done for t in tallies) / seconds, 2),
-        "ttft_ms": percentiles([v for t in tallies for v in t.ttft]),
-        "gap_ms": percentiles([v for t in tallies for v in t.gaps]),
-        "client_cpu": round(max(t.cpu_seconds / (t.end - t.begin) for t in tallies), 2),
-    }
-
-
-def measure(load: Load) -> dict[str, Any]:
-    """Run `load` and return `summarize`'s figures. Failed requests are counted, not raised."""
-    count = min(load.processes, load.concurrency)
-    if count == 1:
-        return summarize(load, [run_slots(load, _bodies(load))])
-    context = multiprocessing.get_context("spawn")
-    pairs = [context.Pipe() for _ in range(count)]
-    workers = []
-    for i, (_, theirs) in enumerate(pairs):
-        share = replace(
-            load,
-            concurrency=_share(load.concurrency, count, i),
-            requests=_share(load.requests, count, i),
-            seed=load.seed * 1000 + i,
-        )
-        workers.append(context.Process(target=_work, args=(share, theirs)))
+def check_server(s: Settings, api_key: str | None) -> Settings:
+    """Asks what the server serves; `model` filled in. Raises LoadError when it is dead, wrong or has no such model."""
+    request = urllib.request.Request(f"{s.url}/v1/models")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        for worker, (_, theirs) in zip(workers, pairs, strict=True):
-            worker.start()
-            theirs.close()  # so that a worker's death is an EOF here
-        for ours, _ in pairs:
-            ours.recv()  # built its prompts
-        for ours, _ in pairs:
-            ours.send(True)
-        return summarize(load, [ours.recv() for ours, _ in pairs])
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
+        with urllib.request.urlopen(request, timeout=ASK_SECONDS) as response:
+            names = [card["id"] for card in json.load(response)["data"]]
+    except urllib.error.HTTPError as e:
+        with e:
+            raise LoadError(f"{s.url}/v1/models answered HTTP {e.code}: is this an OpenAI-style server?") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = getattr(e, "reason", e) if isinstance(e, OSError) else "that is not an OpenAI-style answer"
+        raise LoadError(f"{s.url}/v1/models: {why}") from None
+    if not names:
+        raise LoadError(f"{s.url} serves no model")
+    s = replace(s, model=s.model or names[0])
+    for name in models_of(s):
+        if name not in names:
+            raise LoadError(f"{s.url} does not serve {name}; it serves {', '.join(names)}")
+    return s
 
 
-def _share(total: int, count: int, i: int) -> int:
-    return total // count + (i < total % count)
+def run(s: Settings, point: Point, seed: int, api_key: str | None, quiet: bool) -> dict[str, Any]:
+    """One run's figures. Raises LoadError."""
+    with Progressing(quiet) as tell:
+        result = summarize(s, point, drive(s, point, seed, api_key, tell))
+    for warning in [] if quiet else result["client"]["warnings"]:
+        print(f"{PROG}: warning: {warning}", file=sys.stderr)
+    return result
 
 
-def _work(load: Load, pipe: Connection) -> None:
-    bodies = _bodies(load)
-    pipe.send(True)
-    pipe.recv()
-    pipe.send(run_slots(load, bodies))
+def warm_up(s: Settings, api_key: str | None) -> None:
+    """A few requests to each model, one after the other."""
+    for name in models_of(s) if s.warmup else []:
+        one = replace(
+            s, model=name, mix=(), arrivals="closed", requests=s.warmup, duration=0.0, processes=1, trace="", sweep=None
+        )
+        drive(one, Point(concurrency=1), s.seed + 10**6, api_key, lambda _: None)
 
 
-def _bodies(load: Load) -> list[bytes]:
-    """The requests' JSON, built before the clock runs."""
-    rng = random.Random(load.seed)
-    return [
-        json.dumps(
-            {
-                "model": load.models[i % len(load.models)],
-                "prompt": [rng.randint(FIRST_TOKEN_ID, load.max_token_id) for _ in range(load.input_tokens)],
-                "max_tokens": load.output_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        for i in range(load.requests)
-    ]
+def points(s: Settings) -> list[Point]:
+    if s.arrivals == "trace":
+        return [Point()]
+    return [Point(concurrency=n) for n in s.concurrency] if s.arrivals == "closed" else [Point(rate=r) for r in s.rate]
 
 
-def run_slots(load: Load, bodies: list[bytes]) -> Tally:
-    """Send `bodies` from `load.concurrency` slots of this process."""
-    tally = Tally()
-    cpu = time.process_time()
-    tally.begin = time.monotonic()
-    asyncio.run(_slots(load, bodies, tally))
-    tally.end = time.monotonic()
-    tally.cpu_seconds = time.process_time() - cpu
-    return tally
+def sweep(s: Settings, api_key: str | None, quiet: bool) -> Iterator[dict[str, Any]]:
+    """Runs at rates that close in on the highest that keeps the SLO: doubling until one fails, then halving between."""
+    assert s.sweep is not None
+    low, high = s.sweep
+    if not (s.duration or s.requests):
+        s = replace(s, duration=SWEEP_SECONDS)
+    kept, failed, rate, number = 0.0, float("inf"), low, 0
+    while True:
+        result = run(s, Point(rate=rate), s.seed + number, api_key, quiet)
+        yield result
+        if result["interrupted"]:
+            return
+        number += 1
+        if result["slo"]["kept"]:
+            kept = rate
+        else:
+            failed = rate
+        if kept >= high or failed <= low or failed <= kept * SWEEP_PRECISION:
+            return
+        rate = min(high, 2 * kept) if failed == float("inf") else round((kept * failed) ** 0.5, 4)
 
 
-async def _slots(load: Load, bodies: list[bytes], tally: Tally) -> None:
-    headers = {"Content-Type": "application/json"}
-    if load.api_key:
-        headers["Authorization"] = f"Bearer {load.api_key}"
-    todo = iter(bodies)
-    async with aiohttp.ClientSession(
-        headers=headers,
-        timeout=aiohttp.ClientTimeout(total=load.timeout_seconds),
-        connector=aiohttp.TCPConnector(limit=0),
-    ) as session:
-        slots = [_slot(session, f"{load.url}/v1/completions", todo, tally) for _ in range(load.concurrency)]
-        await asyncio.gather(*slots)
+class Progressing:
+    """Says on stderr how the run is going: on a terminal in place, else a line every ten seconds."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+        self.last = 0.0
+
+    def __enter__(self) -> Progressing:
+        return self
+
+    def __call__(self, now: Progress) -> None:
+        if self.quiet or now.seconds - self.last < (0.5 if self.terminal else 10):
+            return
+        self.last = now.seconds
+        text = (
+            f"{now.seconds:5.0f} s  sent {now.sent}  done {now.done}  failed {now.failed}  tokens {now.output_tokens}"
+        )
+        print(f"\r{text} " if self.terminal else text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.terminal and self.last:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-async def _slot(session: aiohttp.ClientSession, url: str, todo: Iterator[bytes], tally: Tally) -> None:
-    for body in todo:
-        try:
-            await _stream(session, url, body, tally)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as e:
-            tally.errors.append(f"{type(e).__name__}: {e}")
+HEADER = "    load  req/s  out tok/s  TTFT p50/p90/p99 ms     ITL p50/p90/p99 ms      e2e p50/p99 ms     errors  SLO"
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, body: bytes, tally: Tally) -> None:
-    """Send one request and read its events. Raises ValueError when the server's answer is not a whole stream."""
-    last, first = time.monotonic(), True
-    tokens, buffer, ended = 0, b"", False
-    async with session.post(url, data=body) as response:
-        if response.status != 200:
-            raise ValueError(f"HTTP {response.status}: {(await response.text())[:300]}")
-        async for chunk in response.content.iter_any():
-            now = time.monotonic()
-            *events, buffer = (buffer + chunk).split(b"\n\n")
-            for event in events:
-                # Searched, not parsed: parsing every event would halve what one client process can take.
-                if event.startswith(b'data: {"error"'):
-                    raise ValueError(event[:300].decode(errors="replace"))
-                if b'"text":' in event:
-                    (tally.ttft if first else tally.gaps).append(now - last)
-                    last, first = now, False
-                if b'"completion_tokens":' in event:
-                    tokens = json.loads(event.removeprefix(b"data: "))["usage"]["completion_tokens"]
-                ended = ended or event == b"data: [DONE]"
-    if not ended:
-        raise ValueError("the stream ended without [DONE]")
-    tally.done += 1
-    tally.output_tokens += tokens
+def table_row(result: dict[str, Any]) -> str:
+    def times(name: str, *keys: str) -> str:
+        found = result[name]
+        return " / ".join(f"{found[k]:.1f}" for k in keys) if found else "-"
+
+    load = (
+        f"{result['concurrency']} x"
+        if result["concurrency"]
+        else f"{result['rate']:g}/s"
+        if result["rate"]
+        else "trace"
+    )
+    slo = (
+        ""
+        if result["slo"] is None
+        else "kept"
+        if result["slo"]["kept"]
+        else f"broken: {'; '.join(result['slo']['broken'])}"
+    )
+    return (
+        f"{load:>8} {result['requests_per_second']:>6.2f} {result['output_tokens_per_second']:>10.1f}"
+        f"  {times('ttft', 'p50', 'p90', 'p99'):<23} {times('itl', 'p50', 'p90', 'p99'):<23}"
+        f" {times('e2e', 'p50', 'p99'):<18} {result['errors']:>6}  {slo}"
+    )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def measure(s: Settings, api_key: str | None, as_json: bool) -> tuple[dict[str, Any], int]:
+    """Every run of a load test, printed as it ends: the document that is saved, and the exit code. Raises LoadError."""
+    warm_up(s, api_key)
+    document: dict[str, Any] = {"settings": describe(s), "runs": []}
+    if not as_json:
+        print(HEADER, flush=True)
+    runs = (
+        sweep(s, api_key, as_json)
+        if s.sweep
+        else (run(s, point, s.seed + i, api_key, as_json) for i, point in enumerate(points(s)))
+    )
+    for result in runs:
+        document["runs"].append(result)
+        figures = {k: v for k, v in result.items() if k not in ("rows", "histograms", "timeline")}
+        print(json.dumps(describe(s) | figures) if as_json else table_row(result), flush=True)
+        for kind, message in result["first_errors"].items():
+            print(f"{PROG}: {result['errors_by_kind'][kind]} x {kind}: {message}", file=sys.stderr)
+        if result["interrupted"]:
+            return document, 130
+    failed = any(r["errors"] for r in document["runs"])
+    if s.sweep:
+        best = max((r["rate"] for r in document["runs"] if r["slo"]["kept"]), default=None)
+        document["highest_rate"] = best
+        if not as_json:
+            print(f"highest rate that kept the SLO: {best:g} requests/s" if best else "no rate kept the SLO")
+        failed = best is None
+    return document, int(failed)
+
+
+def describe(s: Settings) -> dict[str, Any]:
+    """The settings as they are saved."""
+    return asdict(s) | {"slo": [str(x) for x in s.slo.limits], "models": models_of(s)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{PROG}: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="octavo-load",
-        description="Measure a server under streaming load: tokens/s, time to first token, gaps between events.",
-        epilog="example: octavo-load http://127.0.0.1:8000 --model pocket --variants bf16,int8-row --concurrency 1,16",
+    parser = _Parser(
+        prog=PROG,
+        description="Measure an OpenAI-style server under streaming load.",
+        usage=f"{PROG} URL [options]\n       {PROG} compare A.json B.json",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("url", metavar="URL", help="the server, without /v1")
-    parser.add_argument("--model", required=True, help="model name")
-    parser.add_argument("--variants", help="take these of the model in turn: a,b asks for MODEL:a and MODEL:b")
-    parser.add_argument(
-        "--concurrency", default="1,16", metavar="N,…", help="streams at once, one run for each number (default: 1,16)"
-    )
-    parser.add_argument(
-        "--input-tokens", type=_positive, default=128, metavar="N", help="length of a prompt (default: 128)"
-    )
-    parser.add_argument(
-        "--output-tokens", type=_positive, default=64, metavar="N", help="length of an answer (default: 64)"
-    )
-    parser.add_argument(
-        "--requests", type=_positive, metavar="N", help="requests in each run (default: 4 for each stream)"
-    )
-    parser.add_argument("--processes", type=_positive, default=1, metavar="N", help="client processes (default: 1)")
-    parser.add_argument(
-        "--max-token-id", type=_positive, default=999, metavar="ID", help="largest id in a prompt (default: 999)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for one request (default: 600)"
-    )
-    parser.add_argument("--api-key", help="key to send (default: OCTAVO_API_KEY of the environment)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each run, no table")
+    parser.add_argument("--scenario", metavar="FILE", default="", help="TOML file of these options, such as rate = 4")
+    for name, option in OPTIONS.items():
+        if name != "url":
+            default = option.default
+            text = option.metadata["help"]
+            if isinstance(default, int | float) and default and not isinstance(default, bool):
+                text += f" (default: {default:g})"
+            parser.add_argument(f"--{name.replace('_', '-')}", metavar=option.metadata["metavar"], help=text)
+    parser.add_argument("--out", metavar="NAME", default="", help="save NAME.json, NAME.csv and NAME.html")
+    parser.add_argument("--json", action="store_true", default=False, help="print one JSON object a run, no table")
+    parser.add_argument("--api-key", metavar="KEY", help="key to send (default: OCTAVO_API_KEY of the environment)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console script octavo-load. Exit code 1 when a request failed, 2 for wrong options."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """The console script octavo-load; see the module's docstring for exit codes."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        concurrencies = [_positive(word) for word in args.concurrency.split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as e:
-        parser.error(f"argument --concurrency: {e}")
-    if args.max_token_id <= FIRST_TOKEN_ID:
-        parser.error(f"argument --max-token-id: must be above {FIRST_TOKEN_ID}")
-    load = Load(
-        url=args.url.rstrip("/").removesuffix("/v1"),
-        models=tuple(f"{args.model}:{v}" for v in args.variants.split(",")) if args.variants else (args.model,),
-        concurrency=1,
-        requests=2,
-        input_tokens=args.input_tokens,
-        output_tokens=args.output_tokens,
-        processes=args.processes,
-        max_token_id=args.max_token_id,
-        timeout_seconds=args.timeout,
-        seed=args.seed,
-        api_key=args.api_key or os.environ.get("OCTAVO_API_KEY"),
-    )
-    measure(replace(load, requests=len(load.models), seed=load.seed + 10**6))  # warm-up, one of each variant
-    failed = False
-    if not args.json:
-        print("streams   tok/s    req/s  TTFT p50/p90/p99 ms      gap p50/p90/p99 ms       errors  client CPU")
-    for number, concurrency in enumerate(concurrencies):
-        requests = args.requests or 4 * concurrency
-        result = measure(replace(load, concurrency=concurrency, requests=requests, seed=load.seed + number))
-        failed = failed or result["errors"] > 0
-        print(json.dumps(result) if args.json else _row(result), flush=True)
-        if result["errors"]:
-            print(f"octavo-load: first error: {result['first_error']}", file=sys.stderr)
-    return int(failed)
-
-
-def _row(result: dict[str, Any]) -> str:
-    def times(values: dict[str, float] | None) -> str:
-        return " / ".join(f"{v:.1f}" for v in values.values()) if values else "-"
-
-    rates = f"{result['output_tokens_per_second']:>7.0f} {result['requests_per_second']:>8.2f}"
-    waits = f"{times(result['ttft_ms']):<24} {times(result['gap_ms']):<24}"
-    return f"{result['concurrency']:>7} {rates}  {waits} {result['errors']:>6} {result['client_cpu']:>11.2f}"
+        if words[:1] == ["compare"]:
+            if len(words) != 3:
+                raise LoadError("compare needs two files: octavo-load compare A.json B.json")
+            print(compare_files(words[1], words[2]))
+            return 0
+        args = vars(_parser().parse_args(words))
+        scenario, out, as_json = args.pop("scenario"), args.pop("out"), args.pop("json")
+        api_key = args.pop("api_key", None) or os.environ.get("OCTAVO_API_KEY")
+        if out and not Path(out).absolute().parent.is_dir():
+            raise LoadError(f"--out: there is no folder {Path(out).absolute().parent}")
+        args["url"] = args["url"].rstrip("/").removesuffix("/v1")
+        s = check_server(settings_from(args, scenario), api_key)
+        document, code = measure(s, api_key, as_json)
+        if out:
+            save(document, out)
+    except LoadError as e:
+        print(f"{PROG}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # before the first run: there is nothing to save
+    return code
 
 
 if __name__ == "__main__":

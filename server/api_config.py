@@ -13,6 +13,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: empty means no authentication. max_queued_requests: sequences in flight in this process beyond which a
     request gets 503. max_prompts: cap on prompts times n of one request. drain_seconds: how long requests in flight may
     go on after SIGTERM. step_timeout: seconds one engine step may take before the engine counts as hung.
+    log_level, log_format: as `engine.logs.set_up_logging` takes them.
     allowed_hosts: accepted Host headers without port; empty accepts any (set it against DNS rebinding).
     """
 
@@ -30,4 +31,5 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0
     step_timeout: float = 60.0
     log_level: str = "warning"
+    log_format: str = "text"
     allowed_hosts: list[str] = []

@@ -29,11 +29,12 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from engine.config import ModelError, load_model_config
+from engine.logs import set_up_logging
 from server.api_config import ApiConfig
 from server.auth import Gate
 from server.engine_client import EngineClient
 from server.envelope import Envelope
-from server.errors import HANDLERS
+from server.errors import HANDLERS, REJECT_REASONS
 from server.metrics import Counters, Page
 from server.prepared import Services
 from server.protocol import LimitedProtocol
@@ -53,11 +54,13 @@ def create_app(config: ApiConfig, client: EngineClient) -> FastAPI:
     longest = max(len(tokenizer.table.token_bytes(i)) for i in range(tokenizer.num_ids))
     services = Services(config, tokenizer, defaults, longest, started=int(time.time()))
 
+    page = Page(package_version(), config.served_model_name, REJECT_REASONS)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         client.open()
         try:
-            yield {"client": client, "services": services, "page": Page(package_version())}
+            yield {"client": client, "services": services, "page": page}
         finally:
             await client.close()
 
@@ -117,7 +120,7 @@ class ApiServer(uvicorn.Server):
 def main() -> None:
     line = sys.stdin.buffer.readline()
     config = msgspec.json.decode(line, type=ApiConfig)
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging(config.log_format, config.log_level)
     client = EngineClient(config, Counters())
     try:
         app = create_app(config, client)

@@ -6,7 +6,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import ApiError
+from server.errors import ApiError, reject_reason
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no key and learn nothing but up or down
 
@@ -26,6 +26,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self.refusal(scope) if scope["type"] == "http" else None
         if error is not None:
+            scope["state"]["rejected"] = reject_reason(error)
             await error.response(scope["state"]["request_id"])(scope, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -37,6 +37,7 @@ from engine.messages import (
 )
 from server.api_config import ApiConfig
 from server.errors import ApiError, ClientGone
+from server.meter import SequenceMeter
 from server.metrics import Counters
 from server.prepared import Prepared
 
@@ -53,6 +54,7 @@ class SequenceStream:
     __slots__ = (
         "finished",
         "index",
+        "meter",
         "num_cached_tokens",
         "pending_ids",
         "pending_logprobs",
@@ -61,8 +63,9 @@ class SequenceStream:
         "touched",
     )
 
-    def __init__(self, request: RequestStream, index: int, sequence_id: int) -> None:
+    def __init__(self, request: RequestStream, index: int, sequence_id: int, meter: SequenceMeter) -> None:
         self.request = request
+        self.meter = meter
         self.index = index  # of its choice in the response
         self.sequence_id = sequence_id
         self.pending_ids: list[int] = []
@@ -246,21 +249,25 @@ class EngineClient:
 
     # requests
 
-    def submit(self, prepared: Prepared) -> RequestStream:
-        """Start `params.n` sequences of each prompt. Raises ApiError when the engine cannot be reached."""
-        params = prepared.params
+    def submit(self, prepared: Prepared, arrival: float | None = None) -> RequestStream:
+        """Start `params.n` sequences of each prompt. Raises ApiError when the engine cannot be reached.
+
+        `arrival` is when the HTTP request came, by the monotonic clock; without it, now.
+        """
+        params, variant, now = prepared.params, prepared.variant.name, time.monotonic()
+        arrival = now if arrival is None else arrival
         stream = RequestStream(len(prepared.prompts), params.n)
         try:
             for ids, hashes in zip(prepared.prompts, prepared.hashes, strict=True):
                 first, self._next_id = self._next_id, self._next_id + params.n
                 for sequence_id in range(first, first + params.n):
-                    sequence = SequenceStream(stream, len(stream.sequences), sequence_id)
+                    meter = SequenceMeter(self.counters, variant, len(ids), arrival, now)
+                    sequence = SequenceStream(stream, len(stream.sequences), sequence_id, meter)
                     stream.sequences.append(sequence)
                     self._sequences[sequence_id] = sequence
-                variant, seed = prepared.variant.name, prepared.cache_seed
-                self._send(AddRequest(first, variant, pack_ids(ids), params, seed, hashes))
+                self._send(AddRequest(first, variant, pack_ids(ids), params, prepared.cache_seed, hashes))
         except zmq.Again:
-            self.abort(stream)
+            self.abort(stream, "error")
             raise ApiError("engine_loading") from None
         self._loop.call_soon(self._drain_engine)
         return stream
@@ -268,13 +275,16 @@ class EngineClient:
     def finish(self, sequence: SequenceStream) -> None:
         """A stop string ended this sequence. Nothing more arrives for it."""
         if self._sequences.pop(sequence.sequence_id, None) is not None and sequence.finished is None:
+            sequence.meter.ended("stop", time.monotonic())
             self._tell(Abort([sequence.sequence_id]))
 
-    def abort(self, stream: RequestStream) -> None:
-        """Free what is still running of a request. Harmless when nothing is."""
-        live = [s.sequence_id for s in stream.sequences if self._sequences.pop(s.sequence_id, None) is not None]
+    def abort(self, stream: RequestStream, reason: str = "abort") -> None:
+        """Free what is still running of a request. Harmless when nothing is. `reason` is for the metrics."""
+        live = [s for s in stream.sequences if self._sequences.pop(s.sequence_id, None) is not None]
+        for sequence in live:
+            sequence.meter.ended(reason, time.monotonic())
         if live:
-            self._tell(Abort(live))
+            self._tell(Abort([s.sequence_id for s in live]))
 
     def disconnected(self, stream: RequestStream) -> None:
         """The client is gone: free the sequences at once and end the handler's wait."""
@@ -294,7 +304,7 @@ class EngineClient:
 
     def _fail_all(self, error: ApiError) -> None:
         for stream in {id(s.request): s.request for s in self._sequences.values()}.values():
-            self.abort(stream)
+            self.abort(stream, "error")
             stream.fail(error)
 
     def _send(self, message: AddRequest | Abort) -> None:
@@ -325,13 +335,14 @@ class EngineClient:
 
     def _deliver(self, output: StepOutput) -> None:
         """Spread one step's output. Sequences no longer known were aborted or finished here: theirs is dropped."""
-        known = self._sequences
+        known, now = self._sequences, time.monotonic()
         touched: list[SequenceStream] = []
         for i, (sequence_id, token_id) in enumerate(zip(output.sequence_ids, output.token_ids, strict=True)):
             sequence = known.get(sequence_id)
             if sequence is None:
                 continue
             sequence.pending_ids.append(token_id)
+            sequence.meter.token(now)
             if output.logprobs:
                 sequence.pending_logprobs.append(output.logprobs[i])
             if not sequence.touched:
@@ -348,10 +359,12 @@ class EngineClient:
             sequence = known.get(started.sequence_id)
             if sequence is not None:
                 sequence.num_cached_tokens = started.num_cached_tokens
+                sequence.meter.started(started, now)
         for finished in output.finished:
             sequence = known.pop(finished.sequence_id, None)
             if sequence is not None:
                 sequence.finished = finished
+                sequence.meter.ended(finished.reason, now)
                 sequence.request.touch(sequence)
                 touched.append(sequence)
         for sequence in touched:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.logs import ACCESS
 from server.errors import ApiError, ClientGone
-from server.metrics import REQUESTS, Counters
+from server.metrics import REJECTED, REQUESTS, Counters
 
 ENDPOINTS = {
     "/v1/completions": "completions",
@@ -25,7 +27,10 @@ ENDPOINTS = {
 }
 CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
+PROBES = frozenset({"health", "ready", "metrics"})  # logged at level debug: they come every few seconds
+
 logger = logging.getLogger("octavo.api")
+access = logging.getLogger(ACCESS)
 
 
 def new_request_id() -> str:
@@ -35,7 +40,9 @@ def new_request_id() -> str:
 class Envelope:
     """Gives each request its id (the client's own if it is short and plain), answers what nobody caught, and counts.
 
-    `scope["state"]` carries `request_id`; handlers add `variant` once they know it, and streams `failed_status`.
+    `scope["state"]` carries `request_id` and `arrival` (monotonic seconds); handlers add `variant` once they know it,
+    `usage`, a function that tells the tokens so far, streams `failed_status`, and who refuses a request `rejected`,
+    the reason.
     """
 
     def __init__(self, app: ASGIApp, counters: Counters) -> None:
@@ -48,6 +55,7 @@ class Envelope:
             return
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(scope)
+        state["arrival"] = time.monotonic()
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -62,7 +70,7 @@ class Envelope:
         except ClientGone:
             state["failed_status"] = 499  # nobody is left to answer
         except Exception:
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id, extra={"fields": {"request_id": request_id}})
             if status:
                 raise
             await ApiError("internal_error").response(request_id)(scope, receive, send_with_id)
@@ -70,6 +78,25 @@ class Envelope:
             endpoint = ENDPOINTS.get(scope["path"], "other")
             final = state.get("failed_status", status or 499)  # no status: cancelled
             self.counters.add(REQUESTS, endpoint, state.get("variant", ""), str(final))
+            if "rejected" in state:
+                self.counters.add(REJECTED, state["rejected"])
+            _log(scope, endpoint, final)
+
+
+def _log(scope: Scope, endpoint: str, status: int) -> None:
+    level = logging.DEBUG if endpoint in PROBES else logging.INFO
+    if not access.isEnabledFor(level):
+        return
+    state = scope["state"]
+    seconds = time.monotonic() - state["arrival"]
+    fields = {"request_id": state["request_id"], "method": scope["method"], "endpoint": endpoint, "status": status}
+    fields |= {"seconds": round(seconds, 4), "variant": state.get("variant"), "rejected": state.get("rejected")}
+    if "usage" in state:
+        usage = state["usage"]()
+        fields |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+        fields["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
+    words = (state["request_id"], scope["method"], endpoint, status, seconds)
+    access.log(level, "%s %s %s %d in %.3f s", *words, extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> str:

@@ -73,6 +73,8 @@ TABLE: dict[str, Rule] = {
     "timeout": Rule(504, SERVER, "timeout", "The engine did not answer in time."),
 }
 
+REJECT_REASONS = (*TABLE, "context_length_exceeded")
+
 
 class ApiError(Exception):
     """A request ends with `TABLE[kind]`; `message` and `code` override its own, `param` names the field to blame."""
@@ -110,9 +112,16 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError("internal_error")
 
 
+def reject_reason(error: ApiError) -> str:
+    """What the metrics call this refusal: one of REJECT_REASONS, the finest that fits."""
+    return error.code if error.code in REJECT_REASONS else error.kind
+
+
 async def respond(request: Request, error: Exception) -> Response:
     """Exception handler of the app for ApiError, ParameterError and the router's HTTPException."""
-    response = to_api_error(error).response(request.state.request_id)
+    seen = to_api_error(error)
+    request.scope["state"]["rejected"] = reject_reason(seen)
+    response = seen.response(request.state.request_id)
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)  # Allow, with 405
     return response

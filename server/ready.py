@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any
 
 from engine.messages import EngineInfo
 
@@ -28,6 +29,21 @@ def ready_text(url: str, name: str, info: EngineInfo, needs_key: bool, seconds: 
     lines.append("Try it:")
     lines.append(f"  {curl(url, name, needs_key)}")
     return "\n".join(lines)
+
+
+def ready_fields(url: str, name: str, info: EngineInfo, seconds: float) -> dict[str, Any]:
+    """The same for a log that machines read."""
+    block_size = next(v.block_size for v in info.variants if v.name == info.default_variant)
+    return {
+        "url": url,
+        "model": name,
+        "seconds": round(seconds, 1),
+        "own_bytes": {v.name: v.own_bytes for v in info.variants},
+        "kv_tokens": info.num_blocks * block_size,
+        "max_model_len": info.max_model_len,
+        "device": info.device,
+        "dtype": info.dtype,
+    }
 
 
 def curl(url: str, name: str, needs_key: bool) -> str:

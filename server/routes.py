@@ -60,8 +60,9 @@ async def _generate(request: Request, schema: type[CompletionRequest] | type[Cha
             client.ready_info()  # it may have died meanwhile
         else:
             prepared = prepare(services, body, info)
-        stream = client.submit(prepared)
+        stream = client.submit(prepared, request.scope["state"]["arrival"])
     answer = Answer(prepared, stream, client, services.tokenizer.table)
+    request.scope["state"]["usage"] = answer.usage  # for the log, when all is over
     return EventStream(answer) if body.stream else await whole(answer, request.receive)
 
 
@@ -171,6 +172,7 @@ def _model_cards(request: Request) -> dict[str, dict[str, Any]]:
             "variant": name,
             "own_bytes": by_name[name].own_bytes,
             "shared_bytes": by_name[name].shared_bytes,
+            "kv_tokens": info.num_blocks * by_name[name].block_size,
         }
         for model_id, name in ids.items()
     }

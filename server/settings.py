@@ -86,7 +86,11 @@ class ServerSettings(BaseSettings):
 
     model: str = _option("", "The model", "a folder, or a hub id such as Qwen/Qwen3-1.7B", "MODEL")
     variants: Names = _option(
-        ("bf16",), "The model", "precisions to hold side by side; the first is the default", "NAME,…", min_length=1
+        ("bf16",),
+        "The model",
+        "precisions to hold side by side; the first is the default; +kv8 or +kvint8 after any: an 8-bit KV cache",
+        "NAME,…",
+        min_length=1,
     )
     served_model_name: Annotated[str, AfterValidator(_served_name)] = _option(
         "", "The model", "name in requests; default: the last part of MODEL", "NAME"
@@ -136,6 +140,9 @@ class ServerSettings(BaseSettings):
         60.0, "Running", "a step longer than this means the engine hangs", "SECONDS", gt=0, le=86400
     )
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Running", "least level to log")
+    log_format: Literal["text", "json"] = _option(
+        "text", "Running", "json: one object a line, with each request, its id, status, time and tokens"
+    )
     config: str = _option("", "Running", "YAML file of options", "FILE")
 
     @classmethod
@@ -155,6 +162,15 @@ class ServerSettings(BaseSettings):
     def model_name(self) -> str:
         """What requests call the default variant."""
         return self.served_model_name or Path(self.model).resolve().name
+
+    def changed(self) -> str:
+        """The options that are not at their defaults, as one line, without keys."""
+        words = []
+        for name, field in ServerSettings.model_fields.items():
+            value = getattr(self, name)
+            if field.repr and value != field.default:
+                words.append(f"{name}={','.join(value) if isinstance(value, tuple) else value}")
+        return " ".join(words)
 
     def engine_config(self, folder: Path) -> EngineConfig:
         return EngineConfig(

@@ -29,6 +29,7 @@ import msgspec
 import zmq
 
 from engine.config import ModelError
+from engine.logs import set_up_logging
 from engine.messages import (
     ENGINE_ENDPOINT,
     REPORT_ENDPOINT,
@@ -46,7 +47,7 @@ from engine.quant.formats import parse_format
 from server.api_config import ApiConfig
 from server.checkpoint import check_checkpoint, resolve_model
 from server.child import Child
-from server.ready import ready_text, server_url
+from server.ready import ready_fields, ready_text, server_url
 from server.settings import PROG, ServerSettings, load_settings
 
 log = logging.getLogger("octavo")
@@ -150,6 +151,8 @@ class Supervisor:
             "engine": self.settings.engine_config(self.folder),
             "ipc_dir": str(self.ipc_dir),
             "epoch": self.epoch,
+            "log_format": self.settings.log_format,
+            "log_level": self.settings.log_level,
         }
         self.engine = Child("engine", "engine.process", config)
 
@@ -170,6 +173,7 @@ class Supervisor:
             drain_seconds=s.drain_seconds,
             step_timeout=s.step_timeout,
             log_level=s.log_level,
+            log_format=s.log_format,
             allowed_hosts=list(s.allowed_hosts),
         )
         return Child(f"API process {client_id}", "server.app", config, client_id, deaths, (self.listener.fileno(),))
@@ -303,7 +307,10 @@ class Supervisor:
         self.announced = True
         s = self.settings
         url = server_url(s.host, self.listener.getsockname()[1])
-        print(ready_text(url, s.model_name, self.info, bool(s.api_key), now - self.started), flush=True)
+        if s.log_format == "json":
+            log.info("ready", extra={"fields": ready_fields(url, s.model_name, self.info, now - self.started)})
+        else:
+            print(ready_text(url, s.model_name, self.info, bool(s.api_key), now - self.started), flush=True)
 
     # The end
 
@@ -377,9 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     """The console script octavo-serve. Exit codes: 0 ended by a signal, 1 cannot start or go on, 2 wrong options."""
     started = time.monotonic()
     settings = load_settings(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    set_up_logging(settings.log_format, settings.log_level)
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the hub's requests, one line each
     try:
@@ -388,6 +393,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = resolve_model(settings.model, settings.load_format)
             check_checkpoint(folder, settings.load_format)
             log.info("loading %s with %s", settings.model, ", ".join(settings.variants))
+            log.info("settings: %s", settings.changed())
             with Supervisor(settings, folder, listener, started) as supervisor:
                 return supervisor.run()
     except (StartError, ModelError) as e:

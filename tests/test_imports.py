@@ -19,7 +19,7 @@ THIRD_PARTY = {
     "client": {"httpx", "datasets", "pyarrow"},  # the last two inside functions, where data is read
     "loadtest": {"client", "aiohttp"},
 }
-WITHOUT_TORCH = ["block_manager", "config", "messages", "quant.formats", "scheduler", "sequence", "text"]
+WITHOUT_TORCH = ["block_manager", "config", "logs", "messages", "quant.formats", "scheduler", "sequence", "text"]
 ENGINE_FOR_SERVER = {f"engine.{name}" for name in WITHOUT_TORCH if name != "scheduler"}
 
 PUBLIC = {

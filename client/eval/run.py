@@ -1,65 +1,131 @@
-"""`octavo-eval`: accuracy and perplexity of the variants of a running server.
+"""`octavo-eval`: what a precision costs, measured over HTTP.
 
-octavo-eval exam                                    the bundled exam, every variant the server has
-octavo-eval mmlu --data FOLDER --model bf16,int8-row
-octavo-eval prose                                   the bundled prose
-octavo-eval wikitext --data wiki.test.raw --window 2048 --stride 1024 --json out.json
+octavo-eval suite --preset pocket                   everything, for every variant the server has; a report
+octavo-eval suite --preset study --limit 1000 --fail-if "mmlu<bf16-1.0"
+octavo-eval mmlu --variants bf16,int8-row           accuracy alone
+octavo-eval wikitext --window 2048 --stride 1024    perplexity alone
+octavo-eval compare results/m/bf16/mmlu-direct.json results/m/int8-row/mmlu-direct.json
+
+Data: the bundled exam and prose where the server has the bundled model, else MMLU and WikiText-2 from the hub.
+Exit code 0: done; 1: a gate of --fail-if failed; 2: it could not be measured, and one line says why.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from client.api import OctavoClient, OctavoError
-from client.eval import mmlu, wikitext
-from client.eval.data import BUNDLED, EvalError, load_exam, load_text
+from client.api import BadAnswer, ConnectionFailed, NotFound, OctavoClient, OctavoError, Unauthorized
+from client.eval import data, mmlu, page, report, results, wikitext
+from client.eval.compare import Comparison, against_baseline, compare, correct, parse_gate
+from client.eval.suite import PRESETS, Served, is_pocket, load_speeds, make_tasks, run, served
 
-EXAMS = {"exam": BUNDLED / "exam", "mmlu": None}  # subcommand to default data
-TEXTS = {"prose": BUNDLED / "prose.txt", "wikitext": None}
+JSON = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong option, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
     try:
-        results = asyncio.run(run(args))
-        if args.json is not None:
-            record = {"command": args.command, "url": args.url, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            args.json.write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
-    except (OctavoError, EvalError, OSError) as e:
-        print(f"octavo-eval: {e}", file=sys.stderr)
-        return 1
-    return 0
+        gates = [parse_gate(text) for text in getattr(args, "fail_if", [])]
+        if args.command == "compare":
+            comparisons = correct([compare(results.load(args.a), results.load(args.b))])
+            print_table([_row(c) for c in comparisons])
+        else:
+            comparisons = asyncio.run(measure(args))
+        failures = [line for gate in gates for line in gate.failures(comparisons, args.strict)]
+    except (OctavoError, data.EvalError) as e:
+        after = "" if args.command == "compare" else _hint(e, args.url) + _kept(args.out)
+        print(f"octavo-eval: {' '.join(str(e).split())}{after}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("octavo-eval: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    for line in failures:
+        print(f"octavo-eval: failed: {line}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def _hint(error: Exception, url: str) -> str:
+    """The likely fix of an error of the client."""
+    hints: dict[type[Exception], str] = {
+        ConnectionFailed: f"; is octavo-serve running at {url}?",
+        NotFound: f"; is {url} an OpenAI-style server, and the model one that it lists?",
+        BadAnswer: f"; is {url} an OpenAI-style server?",
+        Unauthorized: "; give --api-key or OCTAVO_API_KEY",
+    }
+    return next((hint for kind, hint in hints.items() if isinstance(error, kind)), "")
+
+
+def _kept(out: Path) -> str:
+    return (
+        f" (what was done is kept in {out}; the same command goes on from there)" if any(out.rglob("*.jsonl")) else ""
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="octavo-eval", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, default in {**EXAMS, **TEXTS}.items():
+    parser = Parser(prog="octavo-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name in ("suite", "mmlu", "wikitext"):
         sub = commands.add_parser(name)
         sub.add_argument("--url", default="http://127.0.0.1:8000")
-        sub.add_argument("--api-key", default=os.environ.get("OCTAVO_API_KEY"))
-        sub.add_argument("--model", help="names, with commas between; default: all that the server lists")
-        kind = "folder of an exam" if name in EXAMS else "text file"
-        sub.add_argument("--data", type=Path, default=default, required=default is None, help=kind)
-        what = "questions, sampled over all subjects" if name in EXAMS else "windows, from the start"
-        sub.add_argument("--limit", type=positive, help=f"only so many {what}")
-        sub.add_argument("--concurrency", type=positive, default=16)
-        sub.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
-        if name in EXAMS:
-            sub.add_argument("--shots", type=int, default=5)
-        else:
-            sub.add_argument("--window", type=positive, default=2048, help="tokens read at once")
-            sub.add_argument("--stride", type=positive, help="tokens between windows; default: the window")
+        sub.add_argument("--api-key", default=os.environ.get("OCTAVO_API_KEY"), help="default: $OCTAVO_API_KEY")
+        sub.add_argument("--variants", type=names, help="with commas between; default: all that the server has")
+        sub.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (default: results)")
+        sub.add_argument("--fresh", action="store_true", help="measure anew what is in --out already")
+        sub.add_argument("--data", choices=("pocket", "hub"), help="default: pocket for the bundled model, else hub")
+        sub.add_argument("--concurrency", type=positive, default=16, help="requests at once (default: 16)")
+        if name == "suite":
+            sub.add_argument("--preset", choices=sorted(PRESETS), default="pocket", help="default: pocket")
+            sub.add_argument("--throughput", type=Path, metavar="FILE", help="output of octavo-load --json")
+        if name != "wikitext":
+            add_mmlu_options(sub, with_method=name == "mmlu")
+        if name != "mmlu":
+            add_wikitext_options(sub, with_method=name == "wikitext")
+        if name == "suite":
+            add_gates(sub)
+    sub = commands.add_parser("compare")
+    sub.add_argument("a", type=Path, metavar="A", help="a result of octavo-eval, the baseline")
+    sub.add_argument("b", type=Path, metavar="B")
+    add_gates(sub)
     return parser.parse_args(argv)
+
+
+def add_mmlu_options(sub: argparse.ArgumentParser, *, with_method: bool) -> None:
+    sub.add_argument("--mmlu-dir", type=Path, metavar="DIR", help="dev and test as CSV, jsonl or parquet")
+    sub.add_argument("--limit", type=positive, metavar="N", help="only so many questions, each subject with its share")
+    sub.add_argument("--shots", type=int, choices=range(6), default=5, help="worked examples (default: 5)")
+    sub.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    if with_method:
+        sub.add_argument("--method", choices=mmlu.METHODS, default="direct", help="default: direct")
+
+
+def add_wikitext_options(sub: argparse.ArgumentParser, *, with_method: bool) -> None:
+    sub.add_argument("--wikitext-file", type=Path, metavar="FILE", help="raw text, or rows in jsonl, CSV or parquet")
+    sub.add_argument("--text-limit", type=positive, metavar="N", help="only the first N windows or articles")
+    sub.add_argument("--window", type=positive, default=2048, help="tokens read at once (default: 2048)")
+    sub.add_argument("--stride", type=positive, help="tokens between windows; default: the window")
+    sub.add_argument("--join", choices=wikitext.JOINS, default=wikitext.JOINS[0], help="default: blank-lines")
+    sub.add_argument("--prefix", default="<|endoftext|>", help="token before each article (default: <|endoftext|>)")
+    if with_method:
+        sub.add_argument("--method", choices=wikitext.METHODS, default="windows", help="default: windows")
+
+
+def add_gates(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--fail-if", action="append", default=[], metavar="GATE", help='as "mmlu<bf16-1.0"; may repeat')
+    sub.add_argument("--strict", action="store_true", help="gates judge the difference, not its interval")
 
 
 def positive(text: str) -> int:
@@ -69,89 +135,100 @@ def positive(text: str) -> int:
     return value
 
 
-async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate the models one after another, print the table, and return its rows."""
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+async def measure(args: argparse.Namespace) -> list[Comparison]:
+    """Run the tasks, print the tables, write the suite's report; the comparisons with bf16."""
+    speeds = load_speeds(args.throughput) if getattr(args, "throughput", None) else {}
     async with OctavoClient(args.url, args.api_key, concurrency=args.concurrency) as client:
-        names = args.model.split(",") if args.model else [str(entry["id"]) for entry in await client.models()]
-        rows = await (run_exam if args.command in EXAMS else run_text)(client, names, args)
-    return rows
+        variants = await served(client, args.variants)
+        exam = load_exam(args, variants) if args.command != "wikitext" else None
+        text = load_text(args, variants) if args.command != "mmlu" else None
+        methods = [args.method] if args.command != "suite" else [*mmlu.METHODS, *wikitext.METHODS]
+        options = {k: v for k, v in vars(args).items() if k in TASK_OPTIONS}
+        found = await run(client, args.url, variants, make_tasks(exam, text, methods, **options), args.out, args.fresh)
+    comparisons = against_baseline(found)
+    print_table([figures(r) for r in found])
+    print_table([_row(c) for c in comparisons])
+    if args.command == "suite":
+        write_report(args, variants, found, comparisons, speeds)
+    return comparisons
 
 
-async def run_exam(client: OctavoClient, names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    exam = load_exam(args.data)
-    rows = []
-    for name in names:
-        with Progress(name, len(mmlu.choose(exam.test, args.limit))) as progress:
-            result = await mmlu.evaluate(
-                client, name, exam, limit=args.limit, num_shots=args.shots, on_done=progress.step
-            )
-        scores = {**result.by_subject, "total": result.total}
-        rows += [
-            {
-                "model": name,
-                "subject": subject,
-                "n": s.n,
-                "correct": s.correct,
-                "accuracy": s.accuracy,
-                "stderr": s.stderr,
-            }
-            for subject, s in scores.items()
-        ]
-    print_table(rows, ["model", "subject", "n", "accuracy", "stderr"])
-    return rows
+TASK_OPTIONS = ("limit", "shots", "seed", "text_limit", "window", "stride", "join", "prefix")
 
 
-async def run_text(client: OctavoClient, names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    text = load_text(args.data)
-    rows = []
-    for name in names:
-        with Progress(name) as progress:
-            result = await wikitext.evaluate(
-                client, name, text, window=args.window, stride=args.stride, limit=args.limit, on_done=progress.step
-            )
-        rows.append(
-            {
-                "model": name,
-                "n": result.num_scored,
-                "nll": result.nll,
-                "token_ppl": result.token_perplexity,
-                "word_ppl": result.word_perplexity,
-                "byte_ppl": result.byte_perplexity,
-                "window": result.window,
-                "stride": result.stride,
-                "num_tokens": result.num_tokens,
-                "num_words": result.num_words,
-                "num_bytes": result.num_bytes,
-            }
-        )
-    print_table(rows, ["model", "n", "nll", "token_ppl", "word_ppl", "byte_ppl", "window", "stride"])
-    return rows
+def load_exam(args: argparse.Namespace, variants: Sequence[Served]) -> data.Exam:
+    if args.mmlu_dir is not None:
+        return data.load_exam(args.mmlu_dir)
+    pocket = args.data == "pocket" or (args.data is None and is_pocket(variants))
+    return data.bundled_exam() if pocket else data.hub_exam()
 
 
-class Progress:
-    """A line on a terminal's standard error that counts what is done; silent elsewhere."""
-
-    def __init__(self, name: str, total: int | None = None) -> None:
-        self._name = name
-        self._total = "" if total is None else f"/{total}"
-        self._done = 0
-        self._shown = sys.stderr.isatty()
-
-    def step(self) -> None:
-        self._done += 1
-        if self._shown:
-            print(f"\r{self._name}: {self._done}{self._total}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print(file=sys.stderr)
+def load_text(args: argparse.Namespace, variants: Sequence[Served]) -> data.Text:
+    if args.wikitext_file is not None:
+        return data.load_text(args.wikitext_file)
+    pocket = args.data == "pocket" or (args.data is None and is_pocket(variants))
+    return data.bundled_text() if pocket else data.hub_text()
 
 
-def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Print `columns` of `rows`, aligned: text to the left, numbers to the right."""
+def write_report(
+    args: argparse.Namespace,
+    variants: Sequence[Served],
+    found: list[JSON],
+    comparisons: list[Comparison],
+    speeds: dict[str, float],
+) -> None:
+    loaded = {s.variant for s in variants}
+    findings = report.Findings(
+        found,
+        comparisons,
+        {s.variant: speeds[s.id] for s in variants if s.id in speeds},
+        [name for name in PRESETS[args.preset] if name not in loaded],
+        [line for gate in map(parse_gate, args.fail_if) for line in gate.failures(comparisons, args.strict)],
+    )
+    title = f"What a precision costs: {', '.join(dict.fromkeys(s.model for s in variants))}"
+    blocks = report.build(findings)
+    results.write(args.out / "report.md", report.markdown(title, blocks))
+    results.write(args.out / "report.html", page.page(title, blocks))
+    print(f"{args.out / 'report.md'} and {args.out / 'report.html'} hold the report")
+
+
+def figures(result: JSON) -> JSON:
+    """A line of the table for one result."""
+    found = result["figures"]
+    value = "accuracy" if result["task"] == "mmlu" else "perplexity"
+    line = {"variant": result["variant"], "figure": f"{result['task']}-{result['method']}", "n": found["n"]}
+    line |= {"failed": found["failed"], "value": found[value]}
+    line |= {key: found[key] for key in ("stderr", "low", "high")}
+    return line | {"cached": found.get("hit_rate"), "byte_ppl": found.get("byte_perplexity")}
+
+
+def _row(c: Comparison) -> JSON:
+    flips = c.flips
+    return {
+        "against": f"{c.second} against {c.first}",
+        "figure": c.figure,
+        "pairs": c.pairs,
+        "difference": c.difference,
+        "low": c.low,
+        "high": c.high,
+        "lost": flips and flips.lost,
+        "won": flips and flips.won,
+        "KL": c.kl,
+        "agreement": c.agreement,
+        "p_holm": c.p_holm,
+        "verdict": c.verdict,
+    }
+
+
+def print_table(rows: list[JSON]) -> None:
+    """Print rows of equal keys, aligned: text to the left, numbers to the right."""
+    if not rows:
+        return
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     cells = [columns, *[[_cell(row[column]) for column in columns] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     align: list[Callable[[str, int], str]] = [

@@ -1,8 +1,7 @@
 """The one door to fast code: a function per operation, Triton for CUDA tensors, the plain PyTorch twin for the rest.
 
-The twins in `reference.py` are the definitions; `fused.py`, `paged_attention.py` and `matmul.py` hold the Triton
-kernels and are imported when the first CUDA tensor arrives. On CUDA no function here waits for the device or reads its
-values.
+The twins in `reference.py` are the definitions; the other files hold the Triton kernels and are imported when the
+first CUDA tensor arrives. On CUDA no function here waits for the device or reads its values.
 
 Letters: T tokens, H hidden, I intermediate, Hq and Hkv query and KV heads, G = Hq / Hkv, D head dimension, S rows of
 the block table, B sequences, M x K activations, N x K weights.
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from engine.kernels import reference
@@ -21,13 +21,17 @@ from engine.kernels import reference
 __all__ = [
     "PREFILL_TILE",
     "AttentionPlan",
+    "KVCache",
     "add_rms_norm",
     "attention",
+    "draw",
     "linear",
     "plan_tiles",
+    "quantize_tokens",
     "rms_norm",
     "rope_and_store",
     "silu_mul",
+    "w8a8_matmul",
     "weight_only_matmul",
 ]
 
@@ -49,13 +53,29 @@ class AttentionPlan:
     rows: Tensor
     query_starts: Tensor
     context_lens: Tensor
-    query_lens_host: npt.NDArray[np.integer]
-    context_lens_host: npt.NDArray[np.integer]
+    query_lens_host: npt.NDArray[np.int32]
+    context_lens_host: npt.NDArray[np.int32]
     num_decodes: int
     tiles: Tensor
 
 
-def plan_tiles(query_lens_host: npt.NDArray[np.integer], num_decodes: int) -> npt.NDArray[np.int32]:
+@dataclass(frozen=True)
+class KVCache:
+    """One layer's keys and values in the pool, as one variant sees them; written in place.
+
+    k, v: [num_blocks, block_size, Hkv, D] in the computing dtype, int8 or float8_e4m3fn. k_scale, v_scale:
+    [num_blocks, Hkv, block_size] fp32, one for each token and head, for the two 8-bit dtypes only. What is stored
+    stands for k.float() * k_scale, and the scale is the head's largest magnitude / 127 or / 448, so that each head of
+    each token fills the range. A head of zeros is stored as zeros.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.NDArray[np.int32]:
     """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, in order, past `num_decodes`."""
     counts = -(-query_lens_host[num_decodes:] // PREFILL_TILE)
     sequences = np.repeat(np.arange(num_decodes, len(query_lens_host)), counts)
@@ -98,55 +118,117 @@ def rope_and_store(
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     slots: Tensor,
 ) -> Tensor:
     """Normalise (if weights are given) and rotate q and k per head, write k and v to the pool, return q[T, Hq, D].
 
     qkv: [T, (Hq + 2 Hkv) * D]. q_norm, k_norm: [D], both or neither. cos_sin: [max_len, D] fp32, cos in the first half
-    of D and sin in the second, any yarn factor folded in. positions: [T] int32. k_cache, v_cache: [num_blocks,
-    block_size, Hkv, D]. slots: [T] int32, block * block_size + offset; -1 is padding and is not stored. The rotation
-    pairs d with d + D/2 (HF's rotate_half), in fp32 with one rounding at the end.
+    of D and sin in the second, any yarn factor folded in. positions: [T] int32. slots: [T] int32, block * block_size +
+    offset; -1 is padding and is not stored. The rotation pairs d with d + D/2 (HF's rotate_half), in fp32 with one
+    rounding at the end; an 8-bit cache quantises what comes out of that, dividing in fp32 and rounding half to even.
     """
     if qkv.is_cuda:
         from engine.kernels import fused
 
-        return fused.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, k_cache, v_cache, slots)
-    return reference.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, k_cache, v_cache, slots)
+        return fused.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
+    return reference.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
 
 
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: AttentionPlan, scale: float
-) -> Tensor:
+def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """Causal attention over the paged pool -> [T, Hq, D] in q's dtype.
 
-    q: [T, Hq, D], this step's tokens in the plan's order; query head h reads KV head h // G. k_cache, v_cache:
-    [num_blocks, block_size, Hkv, D], this step's keys and values already stored. block_tables: [S, max_blocks] int32.
-    Query j of a sequence with n queries and context c sees positions 0 to c - n + j. Pool positions past a context are
-    never read, nor table entries past it. Tokens past query_starts[B] are padding: their output is unspecified.
+    q: [T, Hq, D], this step's tokens in the plan's order; query head h reads KV head h // G. cache: this step's keys
+    and values already stored. block_tables: [S, max_blocks] int32. The definition of an 8-bit cache is attention over
+    what it stands for, rounded to q's dtype; the kernels multiply the stored values, in fp16 where q is 16 bits, and
+    apply the scales to scores and probabilities. Query j of a sequence with n queries and context c sees positions 0 to
+    c - n + j. Pool positions past a context are never read, nor table entries past it. Tokens past query_starts[B] are
+    padding: their output is unspecified.
     """
     if q.is_cuda:
         from engine.kernels import paged_attention
 
-        return paged_attention.attention(q, k_cache, v_cache, block_tables, plan, scale)
-    return reference.attention(q, k_cache, v_cache, block_tables, plan, scale)
+        return paged_attention.attention(q, cache, block_tables, plan, scale)
+    return reference.attention(q, cache, block_tables, plan, scale)
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    thresholds: Tensor | None,
+    seed_low: Tensor,
+    seed_high: Tensor,
+    positions: Tensor,
+    num_ids: int,
+) -> Tensor:
+    """One id a row by Gumbel-max -> [B] int64: the arg max of logit / temperature + noise, of the logit alone at 0.
+
+    logits: [B, V] in any floating dtype. temperature: [B] fp32. thresholds: [B] fp32, ids whose logit is below are not
+    drawn (temperature 0 ignores them). The noise is a hash of (seed [B] as two int32, position [B] int32, id). Ids from
+    num_ids on are never drawn.
+    """
+    if logits.is_cuda:
+        from engine.kernels import sample
+
+        return sample.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
+    return reference.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU this is the library's product."""
+    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours."""
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
-def weight_only_matmul(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x[M, K] @ (qdata[N, K] * scale[N, 1]).T + bias[N] -> [M, N] in x's dtype.
+def weight_only_matmul(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0
+) -> Tensor:
+    """x[M, K] @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in x's dtype.
 
-    qdata: int8 or float8_e4m3fn. scale: fp32. The definition is the linear layer of the dequantised weight, that is
-    (qdata.float() * scale) rounded to x's dtype. The kernel multiplies the stored 8-bit values, accumulates in fp32 and
-    scales the sum: in 16 bits it is closer to the exact product than the twin, in fp32 they differ by rounding only.
+    qdata: int8 or float8_e4m3fn. scale: fp32, each of group_size inputs (the last may have fewer); 0: of all, G = 1.
+    The definition is the linear layer of the dequantised weight, that is (qdata.float() * scale) rounded to x's dtype.
+    The kernels multiply the stored 8-bit values, accumulate in fp32 and scale the sums: in 16 bits that is closer to
+    the exact product than the twin, in fp32 they differ by rounding only. Many rows at once are multiplied as in the
+    twin (`matmul.DEQUANTIZE_ROWS`).
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.weight_only_matmul(x, qdata, scale, bias)
-    return reference.weight_only_matmul(x, qdata, scale, bias)
+        return matmul.weight_only_matmul(x, qdata, scale, bias, group_size)
+    return reference.weight_only_matmul(x, qdata, scale, bias, group_size)
+
+
+def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    """x[M, K] -> its codes [M, K] in `dtype` (int8 or float8_e4m3fn), scale[M, G] fp32, each of group_size inputs (0:
+    of all, G = 1). The numbers are `quant.quantize`'s, with a token as a row.
+    """
+    if x.is_cuda:
+        from engine.kernels import convert
+
+        return convert.quantize_tokens(x, dtype, group_size)
+    return reference.quantize_tokens(x, dtype, group_size)
+
+
+def w8a8_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+) -> Tensor:
+    """(x[M, K] * x_scale[M, G]) @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in `dtype`.
+
+    x, qdata: both int8 or both float8_e4m3fn. Scales: fp32, each of group_size inputs (0: of all, G = 1). The
+    definition is the fp32 product. The kernels' INT8 sums are exact before the scales; their FP8 sums are the tensor
+    cores'.
+    """
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+    return reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)

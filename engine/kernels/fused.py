@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels import KVCache
+from engine.kernels.kv_codes import check_cache, encode
+from engine.kernels.reference import SMALLEST_KV
+
 _SILU_BLOCK = 1024
 _ROPE_HEADS = 4  # heads a program: one token spreads over several SMs, 8,192 tokens do not queue as 262,144 programs
 
@@ -59,6 +63,8 @@ def rope_and_store_kernel(
     q,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     eps,
     block_stride,
     BLOCK_SIZE: tl.constexpr,
@@ -66,6 +72,8 @@ def rope_and_store_kernel(
     HKV: tl.constexpr,
     D: tl.constexpr,
     NORM: tl.constexpr,
+    KIND: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
@@ -96,13 +104,24 @@ def rope_and_store_kernel(
     tl.store(q_out, rotated_1, mask=is_q)
     tl.store(q_out + HALF, rotated_2, mask=is_q)
     slot = tl.load(slots + token)
-    place = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * (HKV * D) + d
+    block, offset = (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
     is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
+    is_v = is_v & exists & (slot >= 0)
+    if KIND != "":
+        LARGEST: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
+        wide_1, wide_2 = rotated_1.to(tl.float32), rotated_2.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide_1), axis=1), tl.max(tl.abs(wide_2), axis=1))[:, None]  # [BLOCK_H, 1]
+        kv_scale = tl.div_rn(tl.maximum(largest, SMALLEST), tl.full(largest.shape, LARGEST, tl.float32))
+        rotated_1 = encode(tl.div_rn(wide_1, kv_scale.broadcast_to(wide_1.shape)), KIND)
+        rotated_2 = encode(tl.div_rn(wide_2, kv_scale.broadcast_to(wide_2.shape)), KIND)
+        scale_place = block * (HKV * BLOCK_SIZE) + offset
+        tl.store(k_scale + scale_place + (head - HQ) * BLOCK_SIZE, kv_scale, mask=is_k)
+        tl.store(v_scale + scale_place + (head - HQ - HKV) * BLOCK_SIZE, kv_scale, mask=is_v)
+    place = block * block_stride + offset * (HKV * D) + d
     k_out = k_cache + place + (head - HQ) * D
     tl.store(k_out, rotated_1, mask=is_k)
     tl.store(k_out + HALF, rotated_2, mask=is_k)
     v_out = v_cache + place + (head - HQ - HKV) * D
-    is_v = is_v & exists & (slot >= 0)
     tl.store(v_out, rotated_1, mask=is_v)
     tl.store(v_out + HALF, rotated_2, mask=is_v)
 
@@ -143,15 +162,14 @@ def rope_and_store(
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     slots: Tensor,
 ) -> Tensor:
     _check_rows(qkv)
     num_tokens, width = qkv.shape
-    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    _, block_size, num_kv_heads, head_dim = cache.k.shape
     num_heads = width // head_dim - 2 * num_kv_heads
-    check_pool(k_cache, v_cache, qkv.dtype)
+    kind, k_cache, v_cache, k_scale, v_scale = check_cache(cache, qkv.dtype)
     assert width == (num_heads + 2 * num_kv_heads) * head_dim and num_heads > 0
     assert cos_sin.dtype == torch.float32 and cos_sin.shape[1] == head_dim and cos_sin.is_contiguous()
     for index in (positions, slots):
@@ -172,6 +190,8 @@ def rope_and_store(
             q,
             k_cache,
             v_cache,
+            k_scale,
+            v_scale,
             eps,
             k_cache.stride(0),
             BLOCK_SIZE=block_size,
@@ -179,20 +199,12 @@ def rope_and_store(
             HKV=num_kv_heads,
             D=head_dim,
             NORM=q_norm is not None,
+            KIND=kind,
+            SMALLEST=SMALLEST_KV,
             BLOCK_H=_ROPE_HEADS,
             num_warps=1,
         )
     return q
-
-
-def check_pool(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> None:
-    """Both caches [num_blocks, block_size, Hkv, D] of `dtype`; blocks may lie apart, a block is contiguous."""
-    _, block_size, num_kv_heads, head_dim = k_cache.shape
-    assert v_cache.shape == k_cache.shape and v_cache.stride() == k_cache.stride()
-    assert k_cache.dtype == v_cache.dtype == dtype
-    assert k_cache.stride()[1:] == (num_kv_heads * head_dim, head_dim, 1)
-    assert block_size >= 16 and block_size & (block_size - 1) == 0, block_size
-    assert head_dim in (64, 128), head_dim
 
 
 def _check_rows(x: Tensor) -> None:

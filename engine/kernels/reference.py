@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.quant.quantize import dequantize, quantize
+
 if TYPE_CHECKING:
-    from engine.kernels import AttentionPlan
+    from engine.kernels import AttentionPlan, KVCache
 
 _FEW_ROWS = 64  # rows of activations up to which a product is bound by reading the weight
+SMALLEST_KV = 1e-30  # of a head's largest magnitude: keeps the scale of zeros a normal number
 _PREFILL_CHUNK = 512  # queries per call of SDPA: bounds the mask and skips most of what causality hides
 
 
@@ -37,12 +40,11 @@ def rope_and_store(
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     slots: Tensor,
 ) -> Tensor:
     num_tokens = qkv.shape[0]
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    block_size, num_kv_heads, head_dim = cache.k.shape[1:]
     heads = qkv.view(num_tokens, -1, head_dim)  # [T, Hq + 2 Hkv, D]
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
@@ -58,20 +60,32 @@ def rope_and_store(
     if not bool(stored.all()):
         k, v, slots = k[stored], v[stored], slots[stored]
     blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, offsets] = k
-    v_cache[blocks, offsets] = v
+    for stored, scales, value in ((cache.k, cache.k_scale, k), (cache.v, cache.v_scale, v)):
+        if scales is None:
+            stored[blocks, offsets] = value
+        else:
+            codes, scale = quantize_kv(value, stored.dtype)
+            stored.view(torch.int8)[blocks, offsets] = codes.view(torch.int8)  # torch cannot index float8
+            scales[blocks, :, offsets] = scale
     return rotated[:, :num_heads]
 
 
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: AttentionPlan, scale: float
-) -> Tensor:
+def quantize_kv(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """value[T, Hkv, D] -> codes[T, Hkv, D] in `dtype` (int8, float8_e4m3fn) and scale[T, Hkv] fp32, as in `KVCache`."""
+    largest = value.float().abs().amax(-1).clamp_(min=SMALLEST_KV)
+    # Divided by a tensor: on a GPU, division by a number multiplies by its reciprocal.
+    scale = largest / torch.full_like(largest, 127.0 if dtype == torch.int8 else 448.0)
+    scaled = value.float() / scale.unsqueeze(-1)
+    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     num_decodes = plan.num_decodes
     if num_decodes == len(plan.query_lens_host) == q.shape[0]:
-        return _decode(q, k_cache, v_cache, block_tables, plan, scale)
+        return _decode(q, cache, block_tables, plan, scale)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     if num_decodes:
-        out[:num_decodes] = _decode(q[:num_decodes], k_cache, v_cache, block_tables, plan, scale)
+        out[:num_decodes] = _decode(q[:num_decodes], cache, block_tables, plan, scale)
     start = num_decodes
     for i in range(num_decodes, len(plan.query_lens_host)):
         num_queries, context = int(plan.query_lens_host[i]), int(plan.context_lens_host[i])
@@ -79,33 +93,29 @@ def attention(
         start += num_queries
         if context:
             table = block_tables[plan.rows[i]]
-            out[tokens] = _prefill(q[tokens], k_cache, v_cache, table, context, scale)
+            out[tokens] = _prefill(q[tokens], cache, table, context, scale)
     return out
 
 
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: AttentionPlan, scale: float
-) -> Tensor:
+def _decode(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """q[B, Hq, D], one query of each of the first B sequences, a sequence at a time.
 
     One sequence's keys and values stay in cache between the copy and the product, and nothing past its context is read.
     """
-    batch, num_kv_heads, head_dim = q.shape[0], k_cache.shape[2], q.shape[2]
+    batch, num_kv_heads, head_dim = q.shape[0], cache.k.shape[2], q.shape[2]
     tables = block_tables[plan.rows[:batch]]
     grouped = q.reshape(batch, 1, num_kv_heads, -1, head_dim)  # the G queries of a KV head are rows of one product
     out = torch.zeros_like(grouped)
     for i, context in enumerate(plan.context_lens_host[:batch].tolist()):
         if context:
-            k = _gather(k_cache, tables[i], context).transpose(0, 1)[None]  # [1, Hkv, C, D]
-            v = _gather(v_cache, tables[i], context).transpose(0, 1)[None]
+            k, v = _gather_both(cache, tables[i], context, q.dtype)
             out[i] = F.scaled_dot_product_attention(grouped[i], k, v, scale=scale)
     return out.view(q.shape)
 
 
-def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, context: int, scale: float) -> Tensor:
+def _prefill(q: Tensor, cache: KVCache, table: Tensor, context: int, scale: float) -> Tensor:
     """q[N, Hq, D], the last N of one sequence's `context` tokens; table[max_blocks]."""
-    k = _gather(k_cache, table, context).transpose(0, 1)[None]  # [1, Hkv, C, D]
-    v = _gather(v_cache, table, context).transpose(0, 1)[None]
+    k, v = _gather_both(cache, table, context, q.dtype)
     num_queries = q.shape[0]
     chunks: list[Tensor] = []
     for start in range(0, num_queries, _PREFILL_CHUNK):
@@ -128,10 +138,60 @@ def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, context
     return torch.cat(chunks)
 
 
-def _gather(cache: Tensor, table: Tensor, context: int) -> Tensor:
-    """cache[num_blocks, block_size, Hkv, D], table[max_blocks] -> one sequence's [context, Hkv, D], block by block."""
-    num_blocks = -(-context // cache.shape[1])
-    return cache.index_select(0, table[:num_blocks]).flatten(0, 1)[:context]
+def _gather_both(cache: KVCache, table: Tensor, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One sequence's keys and values, [1, Hkv, context, D] each, in `dtype`."""
+    k = _gather(cache.k, cache.k_scale, table, context, dtype)
+    return k, _gather(cache.v, cache.v_scale, table, context, dtype)
+
+
+def _gather(stored: Tensor, scales: Tensor | None, table: Tensor, context: int, dtype: torch.dtype) -> Tensor:
+    """stored[num_blocks, block_size, Hkv, D], table[max_blocks] -> [1, Hkv, context, D], block by block."""
+    blocks = table[: -(-context // stored.shape[1])]
+    if scales is None:
+        values = stored.index_select(0, blocks).flatten(0, 1)[:context]
+    else:
+        codes = stored.view(torch.int8).index_select(0, blocks).flatten(0, 1)[:context].view(stored.dtype)
+        scale = scales.index_select(0, blocks).transpose(1, 2).flatten(0, 1)[:context]  # [context, Hkv]
+        values = dequantize(codes.flatten(0, 1), scale.reshape(-1, 1), 0, dtype).view(codes.shape)
+    return values.transpose(0, 1)[None]
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers with good avalanche, on int32 (lowbias32 of github.com/skeeto/hash-prospector)."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - (1 << 32))  # as a signed 32-bit factor
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, num_ids: int) -> Tensor:
+    """[B, num_ids] fp32 standard Gumbel noise, a function of (seed, position, id) alone; all [B] int32."""
+    key = mix(mix(mix(seed_low) ^ seed_high) + positions)[:, None]
+    ids = torch.arange(num_ids, dtype=torch.int32, device=key.device)[None, :]
+    bits = mix(mix(ids * (0x9E3779B1 - (1 << 32)) ^ key) + key)  # the golden ratio spreads neighbouring ids
+    uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in fp32
+    return -torch.log(-torch.log(uniform))
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    thresholds: Tensor | None,
+    seed_low: Tensor,
+    seed_high: Tensor,
+    positions: Tensor,
+    num_ids: int,
+) -> Tensor:
+    logits = logits[:, :num_ids].float()
+    drawn = temperature > 0
+    if not bool(drawn.any()):
+        return logits.argmax(-1)
+    scaled = logits / temperature.clamp(min=1e-5)[:, None]
+    if thresholds is not None:
+        scaled = scaled.masked_fill(logits < thresholds[:, None], float("-inf"))
+    noise = gumbel_noise(seed_low, seed_high, positions, num_ids)
+    return torch.where(drawn[:, None], scaled + noise, logits).argmax(-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -142,17 +202,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-def weight_only_matmul(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, _dequantize(qdata, scale).to(x.dtype), bias)
+def weight_only_matmul(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0
+) -> Tensor:
+    return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
 
 
-def _dequantize(qdata: Tensor, scale: Tensor) -> Tensor:
-    """qdata.float() * scale, bit for bit, for every finite value.
+def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    return quantize(x, dtype, f"g{group_size}" if group_size else "row")
 
-    torch converts e4m3fn on a CPU one element at a time: 2.0 ms for 512 x 1024 on an EPYC core with torch 2.13, this
-    0.17. Shifted into the place of fp16's exponent and mantissa, the bits are the value divided by 2^(15 - 7), exactly.
-    """
-    if qdata.dtype != torch.float8_e4m3fn:
-        return qdata.float().mul_(scale)
-    bits = qdata.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
-    return bits.view(torch.float16).float().mul_(scale * 256)
+
+def w8a8_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+) -> Tensor:
+    tokens = dequantize(x, x_scale, group_size, torch.float32)
+    weight = dequantize(qdata, scale, group_size, torch.float32)
+    return F.linear(tokens, weight, None if bias is None else bias.float()).to(dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine import kernels
 from engine.config import ModelConfig
-from engine.kernels import AttentionPlan
+from engine.kernels import AttentionPlan, KVCache
 from engine.quant.linear import Linear
 
 
@@ -55,14 +55,13 @@ class Qwen:
     head: Linear  # H -> V
     rotary: Tensor  # [max_len, D] float32
 
-    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
-        """Hidden states after the last norm, [T, H]. kv: [num_layers, 2, num_blocks, block_size, Hkv, D], written."""
+    def forward(self, batch: Batch, kv: list[KVCache]) -> Tensor:
+        """Hidden states after the last norm, [T, H]. kv: the cache of each layer, written."""
         c = self.config
         scale = c.head_dim**-0.5
         residual = torch.nn.functional.embedding(batch.token_ids, self.embedding)  # [T, H]
         x = kernels.rms_norm(residual, self.layers[0].input_norm, c.rms_norm_eps)
-        for i, layer in enumerate(self.layers):
-            k_cache, v_cache = kv[i, 0], kv[i, 1]
+        for i, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
             q = kernels.rope_and_store(
                 layer.qkv(x),
                 layer.q_norm,
@@ -70,11 +69,10 @@ class Qwen:
                 c.rms_norm_eps,
                 self.rotary,
                 batch.positions,
-                k_cache,
-                v_cache,
+                cache,
                 batch.slots,
             )  # [T, Hq, D]
-            x = kernels.attention(q, k_cache, v_cache, batch.block_tables, batch.plan, scale)
+            x = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
             x = layer.out(x.view(-1, c.num_heads * c.head_dim))  # [T, H]
             x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, c.rms_norm_eps)
             x = layer.down(kernels.silu_mul(layer.gate_up(x)))  # [T, H]
@@ -84,5 +82,5 @@ class Qwen:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> [N, V] float32."""
-        return self.head(hidden).float()
+        """hidden [N, H] -> [N, V] in the computing dtype."""
+        return self.head(hidden)

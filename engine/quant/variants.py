@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, ModelError
 from engine.models.layers import rotary_table
 from engine.models.qwen import Layer, Qwen
 from engine.quant.formats import Format
-from engine.quant.linear import Linear, PlainLinear, WeightOnlyLinear
-from engine.quant.quantize import quantize_rows
+from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
+from engine.quant.quantize import dequantize, quantize
 from engine.weights import Checkpoint
 
 
@@ -34,14 +34,53 @@ class Variant:
     shared_bytes: int
 
 
-def build_linear(
-    parts: list[Tensor], bias: Tensor | None, fmt: Format, device: torch.device, dtype: torch.dtype
-) -> Linear:
-    """One stored matrix from checkpoint matrices [N_i, K] stacked along N, each quantised by itself."""
+def build_linears(
+    parts: list[Tensor], bias: Tensor | None, formats: list[Format], dtype: torch.dtype
+) -> dict[str, Linear]:
+    """By format name, checkpoint matrices [N_i, K] stacked along N, each quantised by itself. Formats that store the
+    same bytes share them. `dtype` is what formats without scales compute in.
+    """
+    stored: dict[tuple[str | None, str | None, bool], tuple[Tensor, Tensor | None]] = {}
+    linears: dict[str, Linear] = {}
+    for f in formats:
+        if f.stored not in stored:
+            stored[f.stored] = _store(parts, f, dtype)
+        weight, scale = stored[f.stored]
+        if scale is None:
+            linears[f.name] = PlainLinear(weight, bias)
+        else:
+            kind = W8A8Linear if f.activation else WeightOnlyLinear
+            linears[f.name] = kind(weight, scale, bias, f.group_size)
+    return linears
+
+
+def _store(parts: list[Tensor], fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight in `dtype` and None, or codes and their scales."""
     if fmt.weight is None:
-        return PlainLinear(torch.cat([p.to(device, dtype) for p in parts]), bias)
-    stored = [quantize_rows(p.to(device), getattr(torch, fmt.weight)) for p in parts]
-    return WeightOnlyLinear(torch.cat([q for q, _ in stored]), torch.cat([s for _, s in stored]), bias)
+        return torch.cat([p.to(dtype) for p in parts]), None
+    assert fmt.granularity is not None
+    quantised = [quantize(p, getattr(torch, fmt.weight), fmt.granularity) for p in parts]
+    if fmt.fake:
+        return torch.cat([dequantize(q, s, fmt.group_size, dtype) for q, s in quantised]), None
+    return torch.cat([q for q, _ in quantised]), torch.cat([s for _, s in quantised])
+
+
+def check_device(formats: list[Format], device: torch.device) -> None:
+    """Raise ModelError, naming the nearest choices, if `device` cannot multiply in a format's types."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    for f in formats:
+        if f.activation == "float8_e4m3fn" and capability < (8, 9):
+            raise ModelError(
+                f"variant {f.name} multiplies in FP8, which {torch.cuda.get_device_name(device)} (sm_{capability[0]}"
+                f"{capability[1]}) lacks: it came with sm_89. Nearest here: w8a8-int8-row, or {_weight_only(f)} "
+                "(weights in FP8, products in 16 bits)"
+            )
+
+
+def _weight_only(fmt: Format) -> str:
+    return "fp8-g128" if fmt.granularity == "block" else f"fp8-{fmt.granularity}"
 
 
 def build_variants(
@@ -53,19 +92,26 @@ def build_variants(
     dtype: torch.dtype,
 ) -> dict[str, Variant]:
     """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a
-    part.
+    part or holds NaN or infinity, and for a format that the device cannot multiply in.
     """
+    check_device(formats, device)
     c = config
     q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
+    def load(name: str, *shape: int) -> Tensor:
+        tensor = checkpoint.load(name, shape).to(device)
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(f"{name} of the checkpoint holds NaN or infinity")
+        return tensor
+
     def shared(name: str, *shape: int) -> Tensor:
-        return checkpoint.load(name, shape).to(device, dtype)
+        return load(name, *shape).to(dtype)
 
     def matrices(
         prefix: str, parts: list[tuple[str, int]], inputs: int, bias: Tensor | None = None
     ) -> dict[str, Linear]:
-        loaded = [checkpoint.load(f"{prefix}.{name}.weight", (rows, inputs)) for name, rows in parts]
-        return {f.name: build_linear(loaded, bias, f, device, dtype) for f in formats}
+        loaded = [load(f"{prefix}.{name}.weight", rows, inputs) for name, rows in parts]
+        return build_linears(loaded, bias, formats, dtype)
 
     embedding = shared("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
     layers: dict[str, list[Layer]] = {f.name: [] for f in formats}

@@ -1,4 +1,4 @@
-"""A scripted HTTP server on a real loopback socket, standing for the server that the client talks to."""
+"""Two servers for the client: a scripted one on a real loopback socket, and a real one with the bundled model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+
+from tests.server.conftest import VARIANTS, Served, start, stop
 
 
 @dataclass
@@ -92,3 +94,11 @@ def stub() -> Iterator[Stub]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def pocket() -> Iterator[Served]:
+    """A real octavo-serve of the bundled model in three variants, on the CPU."""
+    server = start(variants=",".join(VARIANTS))
+    yield server
+    stop(server)

@@ -214,16 +214,17 @@ async def test_a_stream_closed_early_gives_its_turn_back(stub: Stub) -> None:
 # bounds
 
 
-async def test_concurrency_is_bounded(stub: Stub) -> None:
+@pytest.mark.parametrize("concurrency", [3, 20])  # of one pool, of two
+async def test_concurrency_is_bounded(stub: Stub, concurrency: int) -> None:
     def slow(method: str, path: str, body: object) -> Reply:
         time.sleep(0.02)
         return Reply({})
 
     stub.answer = slow
-    async with OctavoClient(stub.url, concurrency=3) as client:
-        await asyncio.gather(*[client.completions("m", "x") for _ in range(12)])
-    assert len(stub.seen) == 12
-    assert 2 <= stub.most_at_once <= 3
+    async with OctavoClient(stub.url, concurrency=concurrency) as client:
+        await asyncio.gather(*[client.completions("m", "x") for _ in range(4 * concurrency)])
+    assert len(stub.seen) == 4 * concurrency
+    assert 2 <= stub.most_at_once <= concurrency
 
 
 async def test_map(stub: Stub) -> None:

@@ -12,7 +12,7 @@ from engine.block_manager import BlockManager, hash_block, hash_blocks, prefix_s
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import SamplingParams, Sequence
 
-BLOCK = 4
+BLOCK = {"x": 4, "y": 8}  # tokens in a block, by variant: y has an 8-bit cache
 
 
 def test_hash_chain_is_sha256_over_seed_and_tokens() -> None:
@@ -57,7 +57,7 @@ def test_a_pending_block_that_is_released_is_forgotten() -> None:
 def make_sequence(i: int, variant: str, prompt: list[int], max_tokens: int) -> Sequence:
     seed = prefix_seed(variant.encode())
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    return Sequence(i, variant, prompt, params, frozenset(), 0, seed, hash_blocks(seed, prompt, BLOCK), 0.0)
+    return Sequence(i, variant, prompt, params, frozenset(), 0, seed, hash_blocks(seed, prompt, BLOCK[variant]), 0.0)
 
 
 operations = st.lists(
@@ -83,7 +83,7 @@ def test_books_hold_under_random_operations(
     `late`: tokens arrive one step after they were launched, as on a GPU.
     """
     blocks = BlockManager(num_blocks)
-    scheduler = Scheduler(blocks, BLOCK, ["x", "y"], max_num_seqs=4, max_num_batched_tokens=budget)
+    scheduler = Scheduler(blocks, BLOCK, max_num_seqs=4, max_num_batched_tokens=budget)
     alive: dict[int, Sequence] = {}
     flights: list[dict[str, list[Scheduled]]] = []
     count = 0
@@ -109,7 +109,7 @@ def test_books_hold_under_random_operations(
         rows = [q.row for q in scheduler.running.values()]
         assert len(set(rows)) == len(rows)
         for s in scheduled:  # there is a block for every token that this step writes
-            assert len(s.sequence.blocks) * BLOCK >= s.start + s.num_tokens
+            assert len(s.sequence.blocks) * BLOCK[s.sequence.variant] >= s.start + s.num_tokens
         if plan:
             flights.append(plan)
         while len(flights) > (1 if late and plan else 0):

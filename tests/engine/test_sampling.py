@@ -12,7 +12,8 @@ import tiny
 import torch
 
 from engine import LLM, ParameterError, SamplingParams
-from engine.sampling import filter_logits, gumbel_noise, penalise
+from engine.kernels.reference import gumbel_noise
+from engine.sampling import filter_thresholds, penalise
 from engine.sequence import check_params
 
 Checkpoint = Callable[[str], Path]
@@ -27,10 +28,14 @@ def generate(llm: LLM, params: SamplingParams | list[SamplingParams], prompts: l
     return llm.generate(prompts, params, use_tqdm=False)
 
 
-def kept(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
-    out = filter_logits(logits[None], torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))[0]
-    assert torch.equal(out[out.isfinite()], logits[out.isfinite()])
-    return set(out.isfinite().nonzero()[:, 0].tolist())
+def kept(
+    logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, temperature: float = 1.0
+) -> set[int]:
+    """Ids at or above the threshold, which must be the same whether all are sorted or only the best are looked at."""
+    floats = torch.tensor([[temperature, top_p, min_p, 0, 0, 1]])
+    widths = {len(logits), top_k if top_k else 1 if top_p == 1 else len(logits)}
+    (threshold,) = {filter_thresholds(logits[None], floats, torch.tensor([top_k]), w).item() for w in widths}
+    return set((logits >= threshold).nonzero()[:, 0].tolist())
 
 
 def test_filters_keep_what_their_definitions_say() -> None:
@@ -47,6 +52,9 @@ def test_filters_keep_what_their_definitions_say() -> None:
             nucleus.add(i)
             mass += p[i].item()
         assert kept(logits, top_p=0.8) == nucleus
+        best_nine = (logits / 3)[order[:9]].softmax(-1).tolist()
+        few = {i for n, i in enumerate(order[:9]) if sum(best_nine[:n]) < 0.6}
+        assert kept(logits, top_k=9, top_p=0.6, temperature=3.0) == few
         assert kept(logits, min_p=0.1) == {i for i in order if p[i] >= 0.1 * p[order[0]]}
         assert kept(logits) == set(order)
         assert kept(logits, top_p=1e-6) == {order[0]}

@@ -15,7 +15,7 @@ from engine.sequence import Sequence
 
 
 def make_scheduler(num_blocks: int = 64, budget: int = 32, variants: str = "x", seqs: int = 8) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks), 4, list(variants), seqs, budget)
+    return Scheduler(BlockManager(num_blocks), dict.fromkeys(variants, 4), seqs, budget)
 
 
 def make(i: int, prompt: list[int], variant: str = "x", max_tokens: int = 8, cached: bool = True) -> Sequence:
@@ -51,6 +51,16 @@ def test_a_prompt_longer_than_the_budget_is_chunked_and_decode_goes_first() -> N
     step = scheduler.schedule()
     assert shape(step) == {"x": [(0, 4, 1), (1, 16, 4)]}
     assert [s.samples for s in step["x"]] == [True, True]
+
+
+def test_prefill_beside_decode_is_bounded() -> None:
+    scheduler = make_scheduler(budget=32)
+    scheduler.max_prefill_beside_decode = 6
+    scheduler.add(make(0, [1, 2, 3]))
+    arrive(scheduler.schedule(), scheduler)
+    scheduler.add(make(1, list(range(20))))
+    step = scheduler.schedule()
+    assert shape(step) == {"x": [(0, 3, 1), (1, 0, 6)]}
 
 
 def test_a_sequence_waits_for_the_prefix_another_computes() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from engine import LLM, SamplingParams
 from engine.config import ModelError
 from engine.quant.linear import PlainLinear, WeightOnlyLinear
-from engine.quant.quantize import quantize_rows
+from engine.quant.quantize import quantize
 from engine.quant.variants import weight_tensors
 from engine.weights import SafetensorsCheckpoint, count_token_ids
 
@@ -86,7 +86,7 @@ def test_each_matrix_is_quantised_by_itself_and_then_fused(checkpoint: Checkpoin
     folder = checkpoint("qwen3")
     layer = LLM(folder, variants=["int8-row"], kv_cache_tokens=512).engine.runner.variants["int8-row"].model.layers[1]
     tensors = load_file(folder / "model.safetensors")
-    parts = [quantize_rows(tensors[f"model.layers.1.mlp.{n}_proj.weight"], torch.int8) for n in ("gate", "up")]
+    parts = [quantize(tensors[f"model.layers.1.mlp.{n}_proj.weight"], torch.int8, "row") for n in ("gate", "up")]
     assert isinstance(layer.gate_up, WeightOnlyLinear)
     assert torch.equal(layer.gate_up.qdata, torch.cat([q for q, _ in parts]))
     assert torch.equal(layer.gate_up.scale, torch.cat([s for _, s in parts]))

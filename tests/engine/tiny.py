@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from engine.quant.formats import parse_format
-from engine.quant.quantize import dequantize, quantize_rows
+from engine.quant.quantize import dequantize, quantize
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -63,18 +70,41 @@ def reference_model(folder: Path, variant: str = "bf16") -> Any:
     """transformers' model in float32; for a quantised variant, with every linear layer's weight put through it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     fmt = parse_format(variant)
-    if fmt.weight is not None:
+    if fmt.weight is not None and fmt.granularity is not None:
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                qdata, scale = quantize_rows(module.weight.data, getattr(torch, fmt.weight))
-                module.weight.data = dequantize(qdata, scale, torch.float32)
+                qdata, scale = quantize(module.weight.data, getattr(torch, fmt.weight), fmt.granularity)
+                module.weight.data = dequantize(qdata, scale, fmt.group_size, torch.float32)
     return model
+
+
+class EightBitCache(DynamicCache):
+    """transformers' cache, each head of each token put through 8 bits: what a KV format keeps."""
+
+    def __init__(self, kv: str) -> None:
+        super().__init__()
+        self.kv = kv
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(self.through_8_bits(key_states), self.through_8_bits(value_states), *args, **kwargs)
+
+    def through_8_bits(self, value: torch.Tensor) -> torch.Tensor:
+        scale = value.abs().amax(-1, keepdim=True) / (127 if self.kv == "int8" else 448)
+        scaled = value / scale
+        codes = scaled.round() if self.kv == "int8" else scaled.to(torch.float8_e4m3fn).float()
+        return codes * scale
+
+
+def reference_cache(variant: str) -> DynamicCache:
+    kv = parse_format(variant).kv
+    return DynamicCache() if kv is None else EightBitCache(kv)
 
 
 @torch.no_grad()
 def reference_logits(folder: Path, ids: list[int], variant: str = "bf16") -> torch.Tensor:
     """[len(ids), V] float32."""
-    logits: torch.Tensor = reference_model(folder, variant)(torch.tensor([ids])).logits[0]
+    cache = reference_cache(variant)
+    logits: torch.Tensor = reference_model(folder, variant)(torch.tensor([ids]), past_key_values=cache).logits[0]
     return logits
 
 
@@ -85,6 +115,7 @@ def reference_greedy(folder: Path, ids: list[int], num_tokens: int, variant: str
     out = reference_model(folder, variant).generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
+        past_key_values=reference_cache(variant),
         max_new_tokens=num_tokens,
         do_sample=False,
         eos_token_id=None,

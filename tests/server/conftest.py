@@ -48,9 +48,9 @@ class Served:
             time.sleep(0.1)
 
 
-def start(*options: str, api_processes: int = 1, variants: str = "bf16") -> Served:
+def start(*options: str, api_processes: int = 1, variants: str = "bf16", model: Path = MODEL) -> Served:
     """Start a server on a free port and wait until it is ready."""
-    command = [sys.executable, "-m", "server.supervisor", str(MODEL), "--variants", variants, "--port", "0"]
+    command = [sys.executable, "-m", "server.supervisor", str(model), "--variants", variants, "--port", "0"]
     command += ["--device", "cpu", "--api-processes", str(api_processes), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

@@ -32,6 +32,7 @@ def test_models(client):
     assert list(cards) == ["pocket", "pocket:bf16", "pocket:int8-row", "pocket:fp8-row"]
     assert cards["pocket"].variant == "bf16"
     assert cards["pocket:int8-row"].own_bytes < cards["pocket:bf16"].own_bytes
+    assert cards["pocket:int8-row"].kv_tokens == cards["pocket:bf16"].kv_tokens >= 2048
     assert client.models.retrieve("pocket:fp8-row").max_model_len >= 2048
 
 

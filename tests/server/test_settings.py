@@ -33,6 +33,7 @@ FLAGS = {
     "--threads",
     "--drain-seconds",
     "--step-timeout",
+    "--log-format",
     "--log-level",
     "--config",
     "--help",

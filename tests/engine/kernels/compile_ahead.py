@@ -20,7 +20,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels import AttentionPlan, fused, matmul, paged_attention, plan_tiles
+from engine.kernels import AttentionPlan, KVCache, convert, fused, matmul, paged_attention, plan_tiles, sample
 
 
 class CompileOnly(DriverBase):
@@ -65,28 +65,54 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     fused.rms_norm(x, weight, 1e-6)
     fused.add_rms_norm(x, x, weight, 1e-6)
     fused.silu_mul(x)
-    for stored in (torch.int8, torch.float8_e4m3fn):
-        qdata, scale = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2048, 1)
-        for tile in matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT:
-            matmul.weight_only_matmul(torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype), qdata, scale, weight)
-    attend(16, 8, 128, dtype, qk_norm=True)  # Qwen3-0.6B and 1.7B
-    attend(14, 2, 64, dtype, qk_norm=False)  # Qwen2.5-0.5B
+    floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
+    for thresholds in (None, floats):
+        sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, ints, ints, ints, 151669)
+    multiply(capability, dtype)
+    eight_bit = [torch.int8, torch.float8_e4m3fn]
+    attend(16, 8, 128, dtype, [dtype, *eight_bit], qk_norm=True)  # Qwen3-0.6B and 1.7B
+    attend(14, 2, 64, dtype, [dtype], qk_norm=False)  # Qwen2.5-0.5B, whose tiles are half as large
     return sorted(compiled.values())
 
 
-def attend(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, *, qk_norm: bool) -> None:
+def multiply(capability: int, dtype: torch.dtype) -> None:
+    """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
+    convert.capability = lambda device: divmod(capability, 10)
+    for num_rows in (1, matmul.PLAIN_ROWS):
+        matmul.linear(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype))
+    weight_only = matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT
+    for stored in (torch.int8, torch.float8_e4m3fn):
+        for group, some in ((0, slice(None)), (128, slice(None, None, 3))):
+            qdata, scale = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2048, 2048 // (group or 2048))
+            convert.dequantize(qdata, scale, group, dtype)
+            for num_rows in (1, *(min(t.max_rows, matmul.DEQUANTIZE_ROWS - 1) for t in weight_only[some])):
+                x = torch.zeros(num_rows, 2048, dtype=dtype)
+                matmul.weight_only_matmul(x, qdata, scale, x[0], group)
+            if (stored == torch.int8 and group) or (stored == torch.float8_e4m3fn and capability < 89):
+                continue  # no such format; the device is refused
+            for tile in matmul.TILES_W8A8[some]:
+                x = torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype)
+                matmul.w8a8_matmul(*convert.quantize_tokens(x, stored, group), qdata, scale, x[0], dtype, group)
+
+
+def attend(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, caches: list[torch.dtype], *, qk_norm: bool
+) -> None:
     lens = np.array([1, 3])
     index = torch.zeros(4, dtype=torch.int32)
     tiles = torch.from_numpy(plan_tiles(lens, 1))
     plan = AttentionPlan(index[:2], index[:3], index[:2], lens, lens, 1, tiles)
-    pool = torch.zeros(2, 16, num_kv_heads, head_dim, dtype=dtype)
     qkv = torch.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     norm = torch.zeros(head_dim, dtype=dtype) if qk_norm else None
     cos_sin = torch.zeros(16, head_dim)
-    q = fused.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, pool, pool, index)
     tables = torch.zeros(2, 4, dtype=torch.int32)
-    paged_attention.prefill(q, pool, pool, tables, plan, 0.1, q)
-    paged_attention.decode(q, pool, pool, tables, plan, 0.1, 2, q)
+    scale = torch.zeros(2, num_kv_heads, 32)
+    for stored in caches:
+        pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
+        cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
+        q = fused.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
+        paged_attention.prefill(q, cache, tables, plan, 0.1, q)
+        paged_attention.decode(q, cache, tables, plan, 0.1, 2, q)
 
 
 if __name__ == "__main__":

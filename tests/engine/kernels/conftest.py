@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,27 +11,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionPlan, plan_tiles
+from engine.kernels import AttentionPlan, KVCache, plan_tiles
+from engine.kernels.reference import quantize_kv
+
+NOT_A_NUMBER = 0x7F  # as e4m3; as int8 it is 127, and its scale is NaN
 
 
 @dataclass
 class PagedBatch:
-    """Arguments of `attention`, and each sequence's keys and values [context, Hkv, D] out of the pool."""
+    """Arguments of `attention`, and each sequence's keys and values [context, Hkv, D], which the pool stands for."""
 
     q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
+    cache: KVCache
     block_tables: Tensor
     plan: AttentionPlan
     keys: list[Tensor]
     values: list[Tensor]
 
-    def args(self, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionPlan, float]:
-        return self.q, self.k_cache, self.v_cache, self.block_tables, self.plan, scale
+    def args(self, scale: float) -> tuple[Tensor, KVCache, Tensor, AttentionPlan, float]:
+        return self.q, self.cache, self.block_tables, self.plan, scale
 
-    def widened(self, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionPlan, float]:
+    def widened(self, scale: float) -> tuple[Tensor, KVCache, Tensor, AttentionPlan, float]:
         """The same arguments in fp32: what a 16-bit kernel is compared with."""
-        return self.q.float(), self.k_cache.float(), self.v_cache.float(), self.block_tables, self.plan, scale
+        return self.q.float(), widen_cache(self.cache), self.block_tables, self.plan, scale
+
+
+def widen_cache(cache: KVCache) -> KVCache:
+    """A cache in fp32; an 8-bit one as it is, which the twins dequantise to whatever they compute in."""
+    return KVCache(cache.k.float(), cache.v.float()) if cache.k_scale is None else cache
 
 
 def make_batch(
@@ -43,8 +51,9 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     apart: bool = False,
+    kv: torch.dtype | None = None,
 ) -> PagedBatch:
-    """`heads` is (Hq, Hkv, D). apart: blocks do not lie next to each other in memory.
+    """`heads` is (Hq, Hkv, D). apart: blocks do not lie next to each other in memory. kv: an 8-bit cache's dtype.
 
     Table rows are shuffled, entries past a context are out of range, and the pool is NaN past each context.
     """
@@ -53,6 +62,7 @@ def make_batch(
     counts = [-(-c // block_size) for c in context_lens]
     num_blocks, num_rows = sum(counts) + 2, len(context_lens) + 2
     pool = torch.full((2, num_blocks, 1 + apart, block_size, num_kv_heads, head_dim), torch.nan)
+    scales = torch.full((2, num_blocks, num_kv_heads, block_size), torch.nan)
     tables = torch.full((num_rows, max([*counts, 1]) + 1), 1 << 30, dtype=torch.int32)
     rows = torch.randperm(num_rows, generator=generator)[: len(context_lens)].int()
     blocks = torch.randperm(num_blocks, generator=generator).int()
@@ -61,11 +71,26 @@ def make_batch(
         own, blocks = blocks[:count], blocks[count:]
         tables[row, :count] = own
         position = torch.arange(context)
-        kv = torch.randn(2, context, num_kv_heads, head_dim, generator=generator).to(dtype)
-        pool[:, own[position // block_size], 0, position % block_size] = kv.float()
-        keys.append(kv[0])
-        values.append(kv[1])
-    pool = pool.to(device, dtype)
+        both = torch.randn(2, context, num_kv_heads, head_dim, generator=generator).to(dtype)
+        if kv is not None:
+            both *= torch.logspace(-3, 3, context).view(-1, 1, 1)  # heads and tokens differ in range
+            both[:, ::5, 0] = 0
+            codes, scale = quantize_kv(both.flatten(0, 1), kv)
+            scale = scale.view(2, context, num_kv_heads)
+            scales[:, own[position // block_size], :, position % block_size] = scale.transpose(0, 1)
+            pool[:, own[position // block_size], 0, position % block_size] = codes.float().view(both.shape)
+            both = codes.float().view(both.shape) * scale[..., None]
+        else:
+            pool[:, own[position // block_size], 0, position % block_size] = both.float()
+        keys.append(both[0])
+        values.append(both[1])
+    if kv is None:
+        pool = pool.to(device, dtype)
+    else:
+        stored = torch.where(pool.isnan(), 0, pool).to(kv).view(torch.uint8)
+        pool = torch.where(pool.isnan(), NOT_A_NUMBER, stored).view(kv).to(device)
+    scales = scales.to(device)
+    cache = KVCache(pool[0, :, 0], pool[1, :, 0], *([] if kv is None else scales.unbind()))
     lens, contexts = np.array(query_lens), np.array(context_lens)
     plan = AttentionPlan(
         rows=rows.to(device),
@@ -77,7 +102,7 @@ def make_batch(
         tiles=torch.from_numpy(plan_tiles(lens, num_decodes)).to(device),
     )
     q = torch.randn(int(lens.sum()), num_heads, head_dim, generator=generator).to(device, dtype)
-    return PagedBatch(q, pool[0, :, 0], pool[1, :, 0], tables.to(device), plan, keys, values)
+    return PagedBatch(q, cache, tables.to(device), plan, keys, values)
 
 
 def attend_naively(batch: PagedBatch, scale: float) -> Tensor:
@@ -90,7 +115,7 @@ def attend_naively(batch: PagedBatch, scale: float) -> Tensor:
         batch.values,
         strict=True,
     ):
-        context, group = len(k), q.shape[1] // batch.k_cache.shape[2]
+        context, group = len(k), q.shape[1] // batch.cache.k.shape[2]
         if context == 0:
             out.append(torch.zeros_like(q))
             continue
@@ -120,38 +145,70 @@ class RopeCase:
     k_norm: Tensor | None
     cos_sin: Tensor
     positions: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
+    cache: KVCache
     slots: Tensor
 
-    def on_fresh_pool(self, function: Callable[..., Tensor], device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, k_cache, v_cache) after running `function` on copies of the arguments."""
-        k_cache, v_cache = self.k_cache.to(device, copy=True), self.v_cache.to(device, copy=True)
+    def on_fresh_pool(self, function: Callable[..., Tensor], device: str) -> tuple[Tensor, ...]:
+        """(q, k, v) after running `function` on copies of the arguments; an 8-bit cache's scales follow."""
+        tensors = (self.cache.k, self.cache.v, self.cache.k_scale, self.cache.v_scale)
+        pool = [t.to(device, copy=True) for t in tensors if t is not None]
         args = [None if t is None else t.to(device) for t in (self.qkv, self.q_norm, self.k_norm)]
         rest = [t.to(device) for t in (self.cos_sin, self.positions)]
-        return function(*args, 1e-6, *rest, k_cache, v_cache, self.slots.to(device)), k_cache, v_cache
+        return function(*args, 1e-6, *rest, KVCache(*pool), self.slots.to(device)), *pool
 
 
 @pytest.fixture
 def rope_case() -> Callable[..., RopeCase]:
-    def make(num_tokens: int, heads: tuple[int, int, int], *, norm: bool, dtype: torch.dtype) -> RopeCase:
+    def make(
+        num_tokens: int, heads: tuple[int, int, int], *, norm: bool, dtype: torch.dtype, kv: torch.dtype | None = None
+    ) -> RopeCase:
         num_heads, num_kv_heads, head_dim = heads
         generator = torch.Generator().manual_seed(1)
         num_blocks = -(-num_tokens // 16) + 1
         slots = torch.randperm(num_blocks * 16, generator=generator)[:num_tokens].int()
         slots[3::4] = -1
         angle = torch.arange(512)[:, None] * torch.logspace(0, -4, head_dim // 2)
-        pool = torch.full((num_blocks, 16, num_kv_heads, head_dim), torch.nan, dtype=dtype)
+        shape = (num_blocks, 16, num_kv_heads, head_dim)
+        cache = KVCache(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
+        if kv is not None:
+            codes = [torch.full(shape, NOT_A_NUMBER, dtype=torch.uint8).view(kv) for _ in range(2)]
+            scales = [torch.full((num_blocks, num_kv_heads, 16), torch.nan) for _ in range(2)]
+            cache = KVCache(*codes, *scales)
         gains = [torch.rand(head_dim, generator=generator).to(dtype) + 0.5 if norm else None for _ in range(2)]
         width = (num_heads + 2 * num_kv_heads) * head_dim
+        qkv = torch.randn(num_tokens, width, generator=generator).to(dtype) * 3
+        qkv[0, -head_dim:] = 0  # the last value head of the first token
         return RopeCase(
-            torch.randn(num_tokens, width, generator=generator).to(dtype) * 3,
+            qkv,
             *gains,
             torch.cat([angle.cos(), angle.sin()], dim=1),
             torch.randint(512, (num_tokens,), generator=generator).int(),
-            pool,
-            pool.clone(),
+            cache,
             slots,
         )
 
     return make
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_for_numpy(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        """Triton 3.6 turns a one-element array into a loop bound by int(), which numpy 2.4 refuses."""
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_for_numpy
+
+    @pytest.fixture(autouse=True)
+    def poisoned_outputs() -> Iterator[None]:
+        """torch fills what `empty` returns with NaN: an element that no program writes fails the comparison.
+
+        And numpy keeps quiet about log2(0), which is -inf as on a GPU.
+        """
+        torch.use_deterministic_algorithms(True)
+        with np.errstate(divide="ignore"):
+            yield
+        torch.use_deterministic_algorithms(False)

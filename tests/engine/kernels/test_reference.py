@@ -34,7 +34,7 @@ def test_attention_is_softmax_attention(mix, heads, paged_batch, naive_attention
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_attention_takes_any_pool(block_size, paged_batch, naive_attention):
     batch = paged_batch(*MIXES["mixed"], heads=(4, 2, 64), block_size=block_size, apart=True)
-    assert not batch.k_cache.is_contiguous()
+    assert not batch.cache.k.is_contiguous()
     got = kernels.attention(*batch.args(0.1))
     torch.testing.assert_close(got.double(), naive_attention(batch, 0.1), atol=1e-5, rtol=0)
 
@@ -96,6 +96,55 @@ def test_rope_and_store(norm, rope_case):
         others = torch.ones(len(flat), dtype=torch.bool)
         others[slots] = False
         assert flat[others].isnan().all()
+
+
+@pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("mix", MIXES)
+def test_attention_over_an_8_bit_cache(mix, kv, paged_batch, naive_attention):
+    """The definition: softmax attention over code * scale."""
+    batch = paged_batch(*MIXES[mix], heads=(6, 2, 64), block_size=32, kv=kv, apart=True)
+    got = kernels.attention(*batch.args(0.01)).double()
+    expected = naive_attention(batch, 0.01)
+    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_in_8_bits(kv, dtype, rope_case):
+    """Codes and scales by the naive definition, of exactly the k and v that an unquantised cache would hold."""
+    case = rope_case(9, (4, 2, 64), norm=True, dtype=dtype, kv=kv)
+    plain = rope_case(9, (4, 2, 64), norm=True, dtype=dtype)
+    q, *got = case.on_fresh_pool(kernels.rope_and_store, "cpu")
+    plain_q, *exact = plain.on_fresh_pool(kernels.rope_and_store, "cpu")
+    assert torch.equal(q, plain_q)
+    levels = torch.arange(256, dtype=torch.uint8).view(kv).double()
+    levels = levels[levels.isfinite() & (levels > -128.0 if kv == torch.int8 else True)].unique()
+    stored = case.slots[case.slots >= 0].long()
+    for codes, scales, values in zip(got[:2], got[2:], exact, strict=True):
+        value = values.flatten(0, 1)[stored].double()  # [stored, Hkv, D]
+        scale = scales.transpose(1, 2).flatten(0, 1)[stored].double()[..., None]
+        largest = value.abs().amax(-1, keepdim=True)
+        torch.testing.assert_close(scale, largest.clamp(min=1e-30) / float(levels.max()), rtol=1e-7, atol=0)
+        code = codes.view(torch.uint8).flatten(0, 1)[stored].view(kv).double()
+        best = (value / scale - levels.view(-1, 1, 1, 1)).abs().amin(0)
+        torch.testing.assert_close((value / scale - code).abs(), best, rtol=0, atol=1e-4)  # 1e-4: ties and one rounding
+        others = torch.ones(scales.shape[0] * scales.shape[2], dtype=torch.bool)
+        others[stored] = False
+        assert (codes.view(torch.uint8).flatten(0, 1)[others] == 0x7F).all()
+        assert scales.transpose(1, 2).flatten(0, 1)[others].isnan().all()
+    assert (got[1].view(torch.uint8).flatten(0, 1)[case.slots[0].long(), -1] == 0).all()  # the head of zeros
+
+
+@pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
+def test_quantising_kv_rounds_half_to_even_and_keeps_every_code(kv):
+    codes = torch.arange(256, dtype=torch.uint8).view(kv).float()
+    codes = codes[codes.isfinite() & (codes != -128)].sort().values
+    for scale in (1.0, 2.0**-90, 2.0**60):
+        got, scales = kernels.reference.quantize_kv((codes * scale).view(1, 1, -1), kv)
+        assert torch.equal(got.float().flatten(), codes) and scales.item() == scale
+    between = (codes[:-1] + codes[1:]) / 2
+    got = kernels.reference.quantize_kv(torch.cat([between, codes[-1:]]).view(1, 1, -1), kv)[0].flatten()[:-1]
+    assert ((got.view(torch.uint8) & 1) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

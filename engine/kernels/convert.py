@@ -1,0 +1,152 @@
+"""Triton kernels between the stored 8-bit types and the compute types: one pass over the input, no product.
+
+`quantize_tokens`, one program a token, and `dequantize`, one program a stretch of one output's weights. The numbers are
+`quant.quantize`'s, bit for bit. `widen` and `codes` are shared with the products.
+"""
+
+# Triton is untyped: a jitted function has no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_STRETCH = 2048  # weights of one program
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it and taking it away rounds halves to even
+
+
+@triton.jit
+def widen(w, dtype: tl.constexpr):
+    """Stored weights in `dtype`, exactly: int8, or float8_e4m3fn as `codes` passes it.
+
+    By the hardware, through fp32: straight to bf16 takes slower instructions on sm_90. Without it by bits: moved into
+    the fields of a wider float they are the value divided by a power of two, subnormals too.
+    """
+    if w.dtype == tl.float8e4nv:
+        wide = w.to(tl.float32).to(dtype)
+    elif w.dtype == tl.uint8:
+        bits = w.to(tl.int8, bitcast=True)
+        if dtype == tl.bfloat16:
+            wide = ((bits.to(tl.int16) << 4) & -30736).to(tl.bfloat16, bitcast=True)  # -30736: bits 15, 10 to 4
+            wide = wide * tl.full(w.shape, 2.0**120, tl.bfloat16)
+        elif dtype == tl.float16:
+            wide = ((bits.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)  # -16385: all but bit 14
+            wide = wide * tl.full(w.shape, 256.0, tl.float16)
+        else:
+            wide = ((bits.to(tl.int32) << 20) & -2014314496).to(tl.float32, bitcast=True)  # bits 31, 26 to 20
+            wide = wide * 2.0**120
+    else:
+        wide = w.to(dtype)
+    return wide
+
+
+@triton.jit
+def quantize_tokens_kernel(x, qdata, scales, K, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    k = part[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    raw = tl.load(x + row * K + k, mask=k < K, other=0.0)
+    value = raw.to(tl.float32)
+    largest = tl.max(tl.abs(value), axis=1)  # [PARTS]
+    if GROUPS == 1:
+        largest = tl.zeros((PARTS,), tl.float32) + tl.max(largest, axis=0)
+    limit = tl.full((PARTS,), 127.5 if qdata.dtype.element_ty == tl.int8 else 448.0, tl.float32)
+    scale = tl.div_rn(largest, limit).to(raw.dtype).to(tl.float32)
+    if qdata.dtype.element_ty == tl.int8:
+        scale = tl.maximum(scale, 1.1920928955078125e-07)  # 2^-23
+        value = value * tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), scale)[:, None]
+        value = tl.minimum(tl.maximum((value + _ROUND) - _ROUND, -128.0), 127.0)
+    else:
+        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
+        value = tl.div_rn(value, tl.broadcast_to(divisor, (PARTS, SPAN)))
+        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    tl.store(qdata + row * K + k, value.to(qdata.dtype.element_ty), mask=k < K)
+    tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
+
+
+@triton.jit
+def dequantize_kernel(
+    qdata,
+    scales,
+    out,
+    K,
+    num_groups,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * (PARTS * SPAN) + tl.arange(0, PARTS) * SPAN
+    k = first[:, None] + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    stored = tl.load(qdata + row * K + k, mask=k < K, other=0.0)
+    if GROUP == 0:
+        scale = tl.zeros((PARTS,), tl.float32) + tl.load(scales + row)
+    else:
+        scale = tl.load(scales + row * num_groups + first // GROUP, mask=first < K, other=0.0)
+    value = widen(stored, tl.float32)
+    tl.store(out + row * K + k, (value * scale[:, None]).to(out.dtype.element_ty), mask=k < K)
+
+
+def codes(w: Tensor) -> Tensor:
+    """Weights as the kernels take them: e4m3fn as uint8 where the hardware cannot convert it."""
+    bits = w.dtype == torch.float8_e4m3fn and capability(w.device) < (8, 9)
+    return w.view(torch.uint8) if bits else w
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """(8, 9) for sm_89; (0, 0) without a GPU, under the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    assert x.dim() == 2 and x.is_contiguous()
+    assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
+    assert dtype in (torch.int8, torch.float8_e4m3fn), dtype
+    rows, depth = x.shape
+    groups = triton.cdiv(depth, group_size) if group_size else 1
+    qdata = torch.empty_like(x, dtype=dtype)
+    scale = x.new_empty(rows, groups, dtype=torch.float32)
+    if rows:
+        span = group_size or 128
+        parts = triton.next_power_of_2(triton.cdiv(depth, span))
+        warps = min(max(parts * span // 1024, 1), 8)
+        quantize_tokens_kernel[(rows,)](
+            x,
+            qdata,
+            scale,
+            depth,
+            PARTS=parts,
+            SPAN=span,
+            GROUPS=groups,
+            num_warps=warps,
+            enable_fp_fusion=False,  # a product fused with the addition that rounds it moves codes at ties
+        )
+    return qdata, scale
+
+
+def dequantize(qdata: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """`quant.quantize.dequantize` of a contiguous qdata[N, K], scale[N, G]."""
+    assert qdata.dim() == 2 and qdata.is_contiguous() and scale.is_contiguous()
+    rows, depth = qdata.shape
+    groups = triton.cdiv(depth, group_size) if group_size else 1
+    assert scale.shape == (rows, groups) and scale.dtype == torch.float32
+    out = torch.empty_like(qdata, dtype=dtype)
+    span = group_size or 128
+    grid = (rows, triton.cdiv(depth, _STRETCH))
+    dequantize_kernel[grid](
+        codes(qdata),
+        scale,
+        out,
+        depth,
+        groups,
+        GROUP=group_size,
+        PARTS=_STRETCH // span,
+        SPAN=span,
+    )
+    return out

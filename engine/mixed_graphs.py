@@ -1,0 +1,172 @@
+"""CUDA graphs of small mixed batches: prefill beside decode in one launch, so that neither waits for the host.
+
+A graph has room for so many decoding sequences and so many prefill tokens; a batch runs in the smallest one that holds
+it. Tokens lie in two parts, decodes first, each padded: a padding token has position -1 and stores nothing, a
+padding sequence has no context, a padding tile belongs to a sequence without queries. The graph ends with the hidden
+states; head and sampling follow for the few rows that are sampled.
+
+All inputs are one int32 vector, so that a step costs one copy: see `Layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Assembled, Ints, Tables, finish_assembly
+from engine.kernels import PREFILL_TILE, AttentionPlan, KVCache, plan_tiles
+from engine.models.qwen import Batch, Qwen
+from engine.scheduler import Scheduled
+from engine.transfer import to_device
+
+DECODES = (16, 64, 256)  # sequences with one token
+TOKENS = (128, 256, 512, 768, 1024, 1536, 2048)  # of all other sequences together
+MAX_PREFILLS = 16  # sequences with more than one token
+
+Record = Callable[[Callable[[], None]], torch.cuda.CUDAGraph]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the inputs of a graph for D decodes and T prefill tokens lie in its int32 vector.
+
+    N = D + T tokens; S = D + MAX_PREFILLS + 1 sequences, the last one always padding; each piece starts on 16 bytes:
+    token_rows [N], positions [N], rows [S], query_starts [S + 1], contexts [S], tiles [num_tiles, 2].
+    """
+
+    num_decodes: int
+    num_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.num_decodes + self.num_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        return self.num_decodes + MAX_PREFILLS + 1
+
+    @property
+    def num_tiles(self) -> int:
+        return self.num_tokens // PREFILL_TILE + MAX_PREFILLS
+
+    @property
+    def sizes(self) -> list[int]:
+        n, s = self.total_tokens, self.num_sequences
+        return [n, n, s, s + 1, s, 2 * self.num_tiles]
+
+    @property
+    def length(self) -> int:
+        return sum(-(-size // 4) * 4 for size in self.sizes)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of the pieces."""
+        pieces, offset = [], 0
+        for size in self.sizes:
+            pieces.append(vector[offset : offset + size])
+            offset += -(-size // 4) * 4
+        return pieces
+
+    def pack(self, scheduled: list[Scheduled], spare: int) -> Ints:
+        """The vector for these sequences, those with one token first. spare: the tables' row for padding."""
+        vector = torch.zeros(self.length, dtype=torch.int32)
+        token_rows, positions, rows, query_starts, contexts, tiles = (p.numpy() for p in self.split(vector))
+        lengths = np.array([s.num_tokens for s in scheduled], dtype=np.int32)
+        starts = np.array([s.start for s in scheduled], dtype=np.int32)
+        own_rows = np.array([s.sequence.row for s in scheduled], dtype=np.int32)
+        few, many = lengths == 1, lengths > 1
+        num_few, num_many, d = int(few.sum()), int(many.sum()), self.num_decodes
+        token_rows[:], positions[:], rows[:] = spare, -1, spare
+        token_rows[:num_few], positions[:num_few] = own_rows[few], starts[few]
+        rows[:num_few], contexts[:num_few] = own_rows[few], starts[few] + 1
+        rows[d : d + num_many], contexts[d : d + num_many] = own_rows[many], starts[many] + lengths[many]
+        ends = np.cumsum(lengths[many])
+        total = int(ends[-1]) if num_many else 0
+        firsts = ends - lengths[many]
+        token_rows[d : d + total] = np.repeat(own_rows[many], lengths[many])
+        positions[d : d + total] = np.arange(total) + np.repeat(starts[many] - firsts, lengths[many])
+        query_starts[: d + 1] = np.arange(d + 1)
+        query_starts[d + 1 :] = d + total
+        query_starts[d + 1 : d + 1 + num_many] = d + ends
+        tiles[0::2] = self.num_sequences - 1
+        own_tiles = plan_tiles(lengths[many], 0)
+        own_tiles[:, 0] += d
+        tiles[: own_tiles.size] = own_tiles.ravel()
+        return vector.numpy()
+
+
+class MixedGraphs:
+    """Captured forwards of every variant for each `Layout`."""
+
+    def __init__(
+        self, models: dict[str, Qwen], tables: Tables, kv: dict[str, list[KVCache]], block_sizes: dict[str, int]
+    ) -> None:
+        self.models, self.tables, self.kv, self.block_sizes = models, tables, kv, block_sizes
+        self._spare = tables.tokens.shape[0] - 1
+        decodes = [d for d in DECODES if d < self._spare] + [min(self._spare, DECODES[-1])]
+        self.layouts = [Layout(d, t) for d in decodes for t in TOKENS if t < tables.tokens.shape[1]]
+        largest = max(self.layouts, key=lambda x: x.length, default=Layout(0, 0))
+        device = tables.tokens.device
+        self._vector = torch.from_numpy(largest.pack([], self._spare)).to(device)
+        embedding = next(iter(models.values())).embedding
+        self._hidden = embedding.new_zeros(largest.total_tokens, embedding.shape[1])
+        self._graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph] = {}
+
+    @torch.inference_mode()
+    def capture(self, record: Record) -> None:
+        """Capture everything, largest first, through the recorder of the decode graphs (one memory pool)."""
+        for layout in reversed(self.layouts):
+            self._vector[: layout.length].copy_(to_device(layout.pack([], self._spare), self._vector.device))
+            for variant in self.models:
+                self._graphs[variant, layout] = record(partial(self._run, variant, layout))
+
+    def _run(self, variant: str, layout: Layout) -> None:
+        token_rows, positions, rows, query_starts, contexts, tiles = layout.split(self._vector)
+        tables, block_size = self.tables, self.block_sizes[variant]
+        row, where = token_rows.long(), positions.clamp(min=0).long()
+        slots = tables.blocks[row, where // block_size] * block_size + positions % block_size
+        longest = np.full(layout.num_sequences, tables.tokens.shape[1] - 1, dtype=np.int32)
+        plan = AttentionPlan(
+            rows=rows,
+            query_starts=query_starts,
+            context_lens=contexts,
+            query_lens_host=longest,
+            context_lens_host=longest,
+            num_decodes=layout.num_decodes,
+            tiles=tiles.view(-1, 2),
+        )
+        batch = Batch(
+            token_ids=tables.tokens[row, where],
+            positions=where.int(),
+            slots=torch.where(positions >= 0, slots, -1),
+            block_tables=tables.blocks,
+            plan=plan,
+        )
+        self._hidden[: layout.total_tokens].copy_(self.models[variant].forward(batch, self.kv[variant]))
+
+    def layout_for(self, scheduled: list[Scheduled]) -> Layout | None:
+        """The smallest graph that holds this batch; None where there is none, or prompt logprobs are owed."""
+        prefills = [s.num_tokens for s in scheduled if s.num_tokens > 1]
+        if len(prefills) > MAX_PREFILLS or any(
+            s.sequence.next_prompt_logprob < s.sequence.prompt_len for s in scheduled
+        ):
+            return None
+        num_decodes, num_tokens = len(scheduled) - len(prefills), sum(prefills)
+        fits = (x for x in self.layouts if x.num_decodes >= num_decodes and x.num_tokens >= num_tokens)
+        return min(fits, key=lambda x: x.total_tokens, default=None)
+
+    def forward(self, variant: str, scheduled: list[Scheduled], layout: Layout) -> tuple[Tensor, Assembled]:
+        """Replay; hidden states [N, H], valid until the next call, and which of them are sampled."""
+        scheduled = sorted(scheduled, key=lambda s: s.num_tokens > 1)
+        packed = layout.pack(scheduled, self._spare)
+        self._vector[: layout.length].copy_(to_device(packed, self._vector.device))
+        self._graphs[variant, layout].replay()
+        lengths = np.array([s.num_tokens for s in scheduled], dtype=np.int32)
+        num_few = int((lengths == 1).sum())
+        last = np.arange(len(scheduled), dtype=np.int32)
+        last[num_few:] = layout.num_decodes + np.cumsum(lengths[num_few:]) - 1
+        return self._hidden[: layout.total_tokens], finish_assembly(scheduled, last, self._vector.device)

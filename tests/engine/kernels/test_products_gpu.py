@@ -1,0 +1,177 @@
+"""Products with stored weights on a GPU, at the shapes of Qwen3-0.6B, 1.7B, 8B and Qwen2.5-1.5B, against fp32 twins.
+
+Every launch runs where waiting for the device is an error, and every output begins as NaN. Bounds: outputs are rounded
+to bf16 once (2^-9); from DEQUANTIZE_ROWS rows on the weights are too, and the twin's are with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import kernels
+from engine.kernels import matmul, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels need one"),
+]
+
+# (hidden, intermediate, qkv width, attention width, qkv bias)
+LINEARS = {
+    "Qwen3-0.6B": (1024, 3072, 4096, 2048, False),
+    "Qwen3-1.7B": (2048, 6144, 4096, 2048, False),
+    "Qwen3-8B": (4096, 12288, 6144, 4096, False),
+    "Qwen2.5-1.5B": (1536, 8960, 2048, 1536, True),
+}
+ROWS = [1, 2, 7, 16, 17, 33, 64, 65, 129, 300]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic mode asks of cuBLAS
+STORED = [torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """What `empty` returns is NaN, and fp32 is fp32."""
+    torch.manual_seed(0)
+    assert not torch.backends.cuda.matmul.allow_tf32, "the twins must compute in full fp32"
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def without_waiting(function: object, *args: object) -> Tensor:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return function(*args)  # type: ignore[operator]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def matrices(model: str) -> list[tuple[int, int, bool]]:
+    hidden, intermediate, qkv, attention, has_bias = LINEARS[model]
+    return [
+        (qkv, hidden, has_bias),
+        (hidden, attention, False),
+        (2 * intermediate, hidden, False),
+        (hidden, intermediate, False),
+    ]
+
+
+def stored_weight(n: int, k: int, group: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    groups = -(-k // group) if group else 1
+    qdata = (torch.randn(n, k, device="cuda") * 40).clamp(-128, 127).to(stored)
+    return qdata, torch.rand(n, groups, device="cuda") / 1000
+
+
+def widened(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def close(got: Tensor, expected: Tensor, slack: float = 2e-4) -> None:
+    torch.testing.assert_close(got.float(), expected, rtol=4e-3, atol=float(expected.std()) * slack)
+
+
+@pytest.mark.parametrize("num_rows", [n for n in ROWS if n < matmul.DEQUANTIZE_ROWS])
+@pytest.mark.parametrize("group", [0, 64, 128, 512])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("model", LINEARS)
+def test_weight_only_matmul(model, stored, group, num_rows):
+    for n, k, has_bias in matrices(model):
+        x = torch.randn(num_rows, k, device="cuda").bfloat16()
+        qdata, scale = stored_weight(n, k, group, stored)
+        bias = torch.randn(n, device="cuda").bfloat16() if has_bias else None
+        got = without_waiting(kernels.weight_only_matmul, x, qdata, scale, bias, group)
+        close(got, reference.weight_only_matmul(x.float(), qdata, scale, widened(bias), group))
+
+
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("num_rows", [65, 129, 300, 2000])
+def test_many_rows_are_multiplied_as_in_the_twin(stored, group, num_rows):
+    x = torch.randn(num_rows, 1536, device="cuda").bfloat16()
+    qdata, scale = stored_weight(2048, 1536, group, stored)
+    got = without_waiting(kernels.weight_only_matmul, x, qdata, scale, None, group)
+    assert torch.equal(got, reference.weight_only_matmul(x, qdata, scale, None, group))
+
+
+@pytest.mark.parametrize("num_rows", [*ROWS, 1000])
+@pytest.mark.parametrize(("stored", "group"), [(torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128)])
+@pytest.mark.parametrize("model", LINEARS)
+def test_w8a8_matmul(model, stored, group, num_rows):
+    if stored != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 products before sm_89")
+    for n, k, has_bias in matrices(model):
+        x = torch.randn(num_rows, k, device="cuda").bfloat16()
+        x[0, 3] = 50.0
+        qdata, scale = stored_weight(n, k, group, stored)
+        bias = torch.randn(n, device="cuda").bfloat16() if has_bias else None
+        tokens = kernels.quantize_tokens(x, stored, group)
+        expected_tokens = reference.quantize_tokens(x, stored, group)
+        assert torch.equal(tokens[1], expected_tokens[1])
+        assert torch.equal(tokens[0].view(torch.int8), expected_tokens[0].view(torch.int8))
+        got = without_waiting(kernels.w8a8_matmul, *tokens, qdata, scale, bias, torch.bfloat16, group)
+        # The library's FP8 sums keep 14 bits of the largest.
+        slack = 2e-4 if stored == torch.int8 else 2e-2
+        close(got, reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, group), slack)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("model", LINEARS)
+def test_linear(model, num_rows):
+    for n, k, has_bias in matrices(model):
+        x = torch.randn(num_rows, k, device="cuda").bfloat16()
+        weight = (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
+        bias = torch.randn(n, device="cuda").bfloat16() if has_bias else None
+        got = without_waiting(kernels.linear, x, weight, bias)
+        close(got, torch.nn.functional.linear(x.float(), weight.float(), widened(bias)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 100, 600])
+def test_every_code_is_widened_exactly(num_rows, dtype):
+    every = torch.arange(256, dtype=torch.uint8, device="cuda")
+    fp8 = torch.where(every & 0x7F == 0x7F, 0, every).view(torch.float8_e4m3fn)
+    ones = torch.ones(5, 1, device="cuda")
+    picks = torch.eye(256, device="cuda", dtype=dtype).repeat(3, 1)
+    for qdata in (every.view(torch.int8), fp8):
+        stored = qdata.view(torch.int8).repeat(5, 1).view(qdata.dtype)
+        for first in range(0, 256, 97 if num_rows == 1 else num_rows):
+            rows = slice(first, first + num_rows)
+            got = kernels.weight_only_matmul(picks[rows], stored, ones)
+            assert torch.equal(got.float(), qdata.float().repeat(3)[rows][:, None].expand(-1, 5))
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 257), (3, 33, 257), (50, 70, 1001), (130, 129, 77)])
+@pytest.mark.parametrize("group", [0, 64])
+def test_fp32_at_odd_shapes(shape, group):
+    m, n, k = shape
+    x = torch.randn(m, k, device="cuda")
+    qdata, scale = stored_weight(n, k, group, torch.int8)
+    got = kernels.weight_only_matmul(x, qdata, scale, None, group)
+    wide = scale.repeat_interleave(group or k, dim=1)[:, :k]
+    expected = x.double() @ (qdata.double() * wide).T
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=float(expected.std()) * 1e-5)
+
+
+def test_products_can_be_captured_and_replayed():
+    """Replayed many times: the counters of the split products are at zero after each."""
+    x = torch.randn(8, 2048, device="cuda").bfloat16()
+    qdata, scale = stored_weight(2048, 2048, 0, torch.int8)
+    kernels.weight_only_matmul(x, qdata, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = kernels.weight_only_matmul(x, qdata, scale)
+        second = kernels.weight_only_matmul(first, qdata, scale)
+    for _ in range(20):
+        x.normal_()
+        first.fill_(torch.nan)
+        second.fill_(torch.nan)
+        graph.replay()
+        close(first, reference.weight_only_matmul(x.float(), qdata, scale))
+        close(second, reference.weight_only_matmul(first.float(), qdata, scale))
