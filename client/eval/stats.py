@@ -50,7 +50,8 @@ def proportion(correct: int, n: int) -> Estimate:
     stderr = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
     middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return Estimate(p, stderr, max(0.0, middle - half), min(1.0, middle + half))
+    # At 0 and 1 the interval ends at p itself, which rounding may overshoot by a bit.
+    return Estimate(p, stderr, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
 
 def mcnemar(lost: int, won: int) -> float:

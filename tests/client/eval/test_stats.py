@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from client.eval import stats
@@ -137,6 +137,7 @@ def test_divergence_is_never_negative(pairs: list[tuple[float, float]]) -> None:
     assert kl_divergence([a for a, _ in pairs], [b for _, b in pairs]) >= -1e-12
 
 
+@example(0, 33)
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_intervals_hold_their_value(a: int, b: int) -> None:
     found = proportion(a, a + b + 1)
