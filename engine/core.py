@@ -212,19 +212,19 @@ class Engine:
             sequence = scheduled.sequence
             if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
                 self._start(sequence, result)
-                self._finish(sequence, "length", None, result)
+                self._finish(sequence, "length", result)
 
     def _finish_if_done(self, sequence: Sequence, token: int, result: StepResult) -> None:
         generated = len(sequence.token_ids) - sequence.prompt_len
         if token in sequence.stop_ids and generated > sequence.params.min_tokens:
-            self._finish(sequence, "stop", token, result)
+            self._finish(sequence, "stop", result)
         elif generated >= sequence.params.max_tokens or len(sequence.token_ids) >= self.runner.max_model_len:
-            self._finish(sequence, "length", None, result)
+            self._finish(sequence, "length", result)
 
-    def _finish(self, sequence: Sequence, reason: str, stop_token: int | None, result: StepResult) -> None:
+    def _finish(self, sequence: Sequence, reason: str, result: StepResult) -> None:
         self.scheduler.finish(sequence)
         self.sequences.pop(sequence.id, None)
-        result.finished.append(Finished(sequence.id, reason, stop_token))
+        result.finished.append(Finished(sequence.id, reason))
 
     def _start(self, sequence: Sequence, result: StepResult) -> None:
         assert sequence.first_scheduled is not None

@@ -104,14 +104,13 @@ class Started(msgspec.Struct, array_like=True):
 
 
 class Finished(msgspec.Struct, array_like=True):
-    """The last word on a sequence. reason: "stop" (EOS or a stop id, then in `stop_token_id`), "length" or "error".
+    """The last word on a sequence. reason: "stop" (EOS or a stop id), "length" or "error".
 
     The stopping token is the last of the sequence's tokens already sent.
     """
 
     sequence_id: int
     reason: str
-    stop_token_id: int | None = None
     error: str | None = None
 
 

@@ -72,8 +72,7 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
         if p.logit_bias:
             plan.edits.extend((row, i, v) for i, v in p.logit_bias.items())
         if s.num_output_tokens <= p.min_tokens:
-            # A ban replaces a bias on the same id: both in one list would add -inf to a finite value, which is the
-            # same.
+            # A ban replaces a bias: each (row, id) may stand in the list once.
             plan.edits = [e for e in plan.edits if e[0] != row or e[1] not in s.stop_ids]
             plan.edits.extend((row, i, float("-inf")) for i in s.stop_ids)
         if p.logprobs is not None:

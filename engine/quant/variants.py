@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -149,7 +149,8 @@ def _account(formats: list[Format], models: dict[str, Qwen], identity: bytes, dt
     for f in formats:
         sizes = tensors[f.name]
         own = sum(size for pointer, size in sizes.items() if users[pointer] == 1)
-        fingerprint = hashlib.sha256(identity + repr(f).encode() + str(dtype).encode()).digest()
+        numbers = repr(replace(f, name="")) + str(dtype)  # what the KV depends on beside the checkpoint
+        fingerprint = hashlib.sha256(identity + numbers.encode()).digest()
         variants[f.name] = Variant(f, models[f.name], fingerprint, own, sum(sizes.values()) - own)
     return variants
 

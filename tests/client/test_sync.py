@@ -30,3 +30,4 @@ def test_calls(pocket: Served) -> None:
 def test_an_unused_stream_is_closed(pocket: Served) -> None:
     with SyncOctavoClient(pocket.url) as client:
         client.stream_completions("pocket", "x").close()
+        assert len(client.tokenize("a")) == 1  # still of use
