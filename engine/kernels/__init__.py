@@ -129,9 +129,9 @@ def rope_and_store(
     rounding at the end; an 8-bit cache quantises what comes out of that, dividing in fp32 and rounding half to even.
     """
     if qkv.is_cuda:
-        from engine.kernels import fused
+        from engine.kernels import rope
 
-        return fused.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
+        return rope.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
     return reference.rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
 
 

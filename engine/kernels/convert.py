@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engine.kernels import chip
 
 _STRETCH = 2048  # weights of one program
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it and taking it away rounds halves to even
@@ -94,14 +94,8 @@ def dequantize_kernel(
 
 def codes(w: Tensor) -> Tensor:
     """Weights as the kernels take them: e4m3fn as uint8 where the hardware cannot convert it."""
-    bits = w.dtype == torch.float8_e4m3fn and capability(w.device) < (8, 9)
+    bits = w.dtype == torch.float8_e4m3fn and chip.capability(w.device) < (8, 9)
     return w.view(torch.uint8) if bits else w
-
-
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """(8, 9) for sm_89; (0, 0) without a GPU, under the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.convert import capability, codes, dequantize, widen
+from engine.kernels import chip
+from engine.kernels.convert import codes, dequantize, widen
 from engine.kernels.gemv import gemv
 
 DEQUANTIZE_ROWS = 65  # from so many rows on, a weight-only matrix is widened once for all of them
@@ -211,7 +212,7 @@ def _library_multiplies(x: Tensor, qdata: Tensor, dtype: torch.dtype, group_size
         and dtype == torch.bfloat16
         and group_size == 0
         and qdata.shape[0] % 16 == qdata.shape[1] % 16 == 0
-        and capability(x.device) == (9, 0)
+        and chip.capability(x.device) == (9, 0)
     )
 
 
@@ -235,7 +236,7 @@ def multiply(
     block_k = min(tile.block_k, group_size or tile.block_k)
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     steps = triton.cdiv(depth, block_k)
-    num_splits = num_splits or choose_splits(num_tiles, steps, _num_sms(x.device))
+    num_splits = num_splits or choose_splits(num_tiles, steps, chip.num_sms(x.device))
     parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 else 0
     kind = W8A8 if x_scale is not None else PLAIN if scale is None else WEIGHT_ONLY
     matmul_kernel[(num_tiles, num_splits)](
@@ -281,8 +282,3 @@ def _counters(device: torch.device) -> Tensor:
     """How many programs of each tile have arrived; every product leaves zeros. One stream at a time may use them."""
     assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run a product before capturing one"
     return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
-@cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -23,7 +23,6 @@ Arguments that vary from step to step are exempt from Triton's specialisation: e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import PREFILL_TILE, AttentionPlan, KVCache
+from engine.kernels import PREFILL_TILE, AttentionPlan, KVCache, chip
 from engine.kernels.kv_codes import check_cache, widen
 
 LOG2_E = 1.4426950408889634
@@ -283,7 +282,7 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
     if plan.num_decodes:
         programs = plan.num_decodes * cache.k.shape[2]
         longest = int(np.max(plan.context_lens_host[: plan.num_decodes]))
-        num_splits = choose_splits(programs, longest, _num_sms(q.device))
+        num_splits = choose_splits(programs, longest, chip.num_sms(q.device))
         decode(q, cache, block_tables, plan, scale, num_splits, out)
     if len(plan.tiles):
         prefill(q, cache, block_tables, plan, scale, out)
@@ -391,8 +390,3 @@ def _check(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan,
     for index in (plan.rows, plan.query_starts, plan.context_lens):
         assert index.dtype == torch.int32 and index.is_contiguous()
     return num_kv_heads, num_heads // num_kv_heads, head_dim
-
-
-@cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,7 +20,18 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels import AttentionPlan, KVCache, convert, fused, matmul, paged_attention, plan_tiles, sample
+from engine.kernels import (
+    AttentionPlan,
+    KVCache,
+    chip,
+    convert,
+    fused,
+    matmul,
+    paged_attention,
+    plan_tiles,
+    rope,
+    sample,
+)
 
 
 class CompileOnly(DriverBase):
@@ -77,7 +88,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
 
 def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
-    convert.capability = lambda device: divmod(capability, 10)
+    chip.capability = lambda device: divmod(capability, 10)
     for num_rows in (1, matmul.PLAIN_ROWS):
         matmul.linear(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype))
     weight_only = matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT
@@ -110,7 +121,7 @@ def attend(
     for stored in caches:
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
-        q = fused.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
+        q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
         paged_attention.prefill(q, cache, tables, plan, 0.1, q)
         paged_attention.decode(q, cache, tables, plan, 0.1, 2, q)
 

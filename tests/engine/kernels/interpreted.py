@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import PREFILL_TILE, fused, paged_attention, reference, sample
+from engine.kernels import PREFILL_TILE, fused, paged_attention, reference, rope, sample
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
@@ -48,7 +48,7 @@ def test_silu_mul(width, dtype):
 def test_rope_and_store(heads, norm, dtype, rope_case):
     case = rope_case(5, heads, norm=norm, dtype=dtype)
     tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
-    got = case.on_fresh_pool(fused.rope_and_store, "cpu")
+    got = case.on_fresh_pool(rope.rope_and_store, "cpu")
     expected = case.on_fresh_pool(reference.rope_and_store, "cpu")
     for a, b in zip(got, expected, strict=True):  # q, and both caches with NaN where nothing was stored
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
@@ -99,7 +99,7 @@ def test_attention_in_float16(paged_batch):
 @pytest.mark.parametrize("heads", [(6, 1, 128), (2, 2, 64)])
 def test_rope_and_store_in_8_bits(heads, norm, kv, rope_case):
     case = rope_case(5, heads, norm=norm, dtype=torch.float32, kv=kv)
-    got = case.on_fresh_pool(fused.rope_and_store, "cpu")
+    got = case.on_fresh_pool(rope.rope_and_store, "cpu")
     expected = case.on_fresh_pool(reference.rope_and_store, "cpu")
     torch.testing.assert_close(got[0], expected[0], **FP32_TOLERANCE)
     for codes, scales, want, want_scales in zip(got[1:3], got[3:], expected[1:3], expected[3:], strict=True):
@@ -125,7 +125,7 @@ def test_encoding_equals_torch(kv, rope_case):
     num = len(rows)
     case = rope_case(num, (1, 1, 128), norm=False, dtype=torch.float32, kv=kv)
     case.qkv = torch.cat([torch.zeros(num, 256), rows], dim=1)
-    got = case.on_fresh_pool(fused.rope_and_store, "cpu")
+    got = case.on_fresh_pool(rope.rope_and_store, "cpu")
     expected = case.on_fresh_pool(reference.rope_and_store, "cpu")
     assert torch.equal(got[2].view(torch.uint8), expected[2].view(torch.uint8))
     torch.testing.assert_close(got[4], expected[4], atol=0, rtol=0, equal_nan=True)
