@@ -146,7 +146,7 @@ def test_it_tells_what_waiting_sequences_wait_for() -> None:
         return {reason: count for reason, count in scheduler.waits("x").items() if count}
 
     different = [[i] * 12 for i in range(3)]
-    assert waits(different) == {"budget": 1}  # of 32 tokens, 24 and 8 of 12 go; the third prompt is not looked at
+    assert waits(different, budget=24) == {"budget": 1}
     assert waits(different, num_blocks=5, budget=99) == {"blocks": 2}
     assert waits(different, seqs=2, budget=99) == {"rows": 1}
     assert waits([list(range(18))] * 3, budget=8) == {"budget": 2}
