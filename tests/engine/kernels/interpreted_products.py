@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from engine.kernels import convert, matmul, reference
+from engine.kernels import convert, gemv, matmul, reference
 from engine.quant.quantize import dequantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
@@ -35,6 +35,23 @@ def test_weight_only_matmul(shape, group, stored):
     for b in (bias, None):
         got = matmul.weight_only_matmul(x, qdata, scale, b, group)
         expected = reference.weight_only_matmul(x, qdata, scale, b, group)
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (38, 700), (16, 2048)])
+@pytest.mark.parametrize(("stored", "group"), [(None, 0), (torch.int8, 0), (torch.float8_e4m3fn, 64)])
+def test_gated_product_of_one_row(shape, stored, group, monkeypatch):
+    """silu(gate) * up; one program for all tiles, and one each."""
+    n, k = shape
+    x = torch.randn(1, k)
+    weight, scale = (torch.randn(n, k), None) if stored is None else stored_weight(n, k, group, stored)
+    if scale is None:
+        expected = reference.silu_mul(reference.linear(x, weight, None))
+    else:
+        expected = reference.silu_mul(reference.weight_only_matmul(x, weight, scale, None, group))
+    for programs in (1, 100):
+        monkeypatch.setattr(gemv, "PROGRAMS", programs)
+        got = gemv.gemv(x, weight, scale, None, group, gated=True)
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
 
 
