@@ -22,10 +22,12 @@ from triton.runtime.jit import JITFunction
 
 from engine.kernels import (
     AttentionPlan,
+    Codes,
     KVCache,
     chip,
     convert,
     fused,
+    fused_quantize,
     matmul,
     paged_attention,
     plan_tiles,
@@ -101,6 +103,9 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
                 matmul.weight_only_matmul(x, qdata, scale, x[0], group)
             if (stored == torch.int8 and group) or (stored == torch.float8_e4m3fn and capability < 89):
                 continue  # no such format; the device is refused
+            x = torch.zeros(2, 2048, dtype=dtype)
+            fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, group))
+            fused_quantize.silu_mul(x, Codes(stored, group))
             for tile in matmul.TILES_W8A8[some]:
                 x = torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype)
                 matmul.w8a8_matmul(*convert.quantize_tokens(x, stored, group), qdata, scale, x[0], dtype, group)

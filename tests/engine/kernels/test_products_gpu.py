@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import matmul, reference
+from engine.kernels import Codes, Quantised, matmul, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +119,30 @@ def test_w8a8_matmul(model, stored, group, num_rows):
         # The library's FP8 sums keep 14 bits of the largest.
         slack = 2e-4 if stored == torch.int8 else 2e-2
         close(got, reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, group), slack)
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 600])
+@pytest.mark.parametrize(("stored", "group"), [(torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128)])
+@pytest.mark.parametrize("model", LINEARS)
+def test_norms_and_silu_quantise_as_the_two_kernels_one_after_the_other(model, stored, group, num_rows):
+    """Bit for bit; small integers, as the norm's sum of squares is then exact in any order."""
+    if stored != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 products before sm_89")
+    hidden, intermediate, *_ = LINEARS[model]
+    x, residual = (torch.randint(-9, 10, (num_rows, hidden), device="cuda").bfloat16() for _ in range(2))
+    weight, codes = torch.rand(hidden, device="cuda").bfloat16(), Codes(stored, group)
+    gate_up = torch.randn(num_rows, 2 * intermediate, device="cuda").bfloat16() * 3
+    normed, total = kernels.add_rms_norm(x, residual, weight, 1e-6, codes)
+    assert torch.equal(total, x + residual)
+    for got, expected in (
+        (kernels.rms_norm(x, weight, 1e-6, codes), kernels.rms_norm(x, weight, 1e-6)),
+        (normed, kernels.add_rms_norm(x, residual, weight, 1e-6)[0]),
+        (kernels.silu_mul(gate_up, codes), kernels.silu_mul(gate_up)),
+    ):
+        assert isinstance(got, Quantised)
+        qdata, scale = reference.quantize_tokens(expected, stored, group)
+        assert torch.equal(got.scale, scale)
+        assert torch.equal(got.qdata.view(torch.int8), qdata.view(torch.int8))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16])
