@@ -27,6 +27,7 @@ __all__ = [
     "Quantised",
     "add_rms_norm",
     "attention",
+    "decode_inputs",
     "draw",
     "linear",
     "plan_tiles",
@@ -102,6 +103,21 @@ def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.
     firsts = np.cumsum(counts) - counts
     offsets = (np.arange(len(sequences)) - np.repeat(firsts, counts)) * PREFILL_TILE
     return np.stack([sequences, offsets], axis=1).astype(np.int32)
+
+
+def decode_inputs(
+    rows: Tensor, contexts: Tensor, tokens: Tensor, blocks: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a decode step feeds the model: token_ids, positions, slots, [B] int32 each.
+
+    rows: [B] int32, of the tables. contexts: [B] int32, this step's token included; 0 marks padding: slot -1. tokens:
+    [S, max_len], blocks: [S, max_blocks], both int32.
+    """
+    if rows.is_cuda:
+        from engine.kernels import inputs
+
+        return inputs.decode_inputs(rows, contexts, tokens, blocks, block_size)
+    return reference.decode_inputs(rows, contexts, tokens, blocks, block_size)
 
 
 @overload

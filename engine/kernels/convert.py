@@ -63,8 +63,15 @@ def quantize_values(raw, dtype: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.cons
         value = value * tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), scale)[:, None]
         value = tl.minimum(tl.maximum((value + _ROUND) - _ROUND, -128.0), 127.0)
     else:
-        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-        value = tl.div_rn(value, tl.broadcast_to(divisor, (PARTS, SPAN)))
+        # Divided by one reciprocal and a correction: rounded as division is (Markstein, 1990, theorem 8.4), where no
+        # remainder is lost to underflow, so tiny scales are lifted first.
+        lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+        divisor = tl.where(scale == 0.0, 1.0, scale * lift)
+        inverse = tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), divisor)[:, None]
+        value = value * lift[:, None]
+        quotient = value * inverse
+        remainder = tl.fma(-quotient, tl.broadcast_to(divisor[:, None], (PARTS, SPAN)), value)
+        value = tl.fma(remainder, tl.broadcast_to(inverse, (PARTS, SPAN)), quotient)
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     return value.to(dtype), scale
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from engine.kernels import chip
 from engine.kernels.convert import codes, widen
 
 
@@ -48,7 +50,10 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     PARTS: tl.constexpr = BLOCK_K // SPAN
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)  # past the end: read the last row again, store nothing
@@ -60,6 +65,8 @@ def gemv_kernel(
         following = tl.load(w_tile, eviction_policy="evict_first")
     else:
         following = tl.load(w_tile, mask=(k < K)[None, :, :], other=0.0, eviction_policy="evict_first")
+    if PDL:
+        gdc_wait()
     acc = tl.zeros((BLOCK_N, PARTS), tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         stored = following
@@ -130,5 +137,6 @@ def gemv(
         BLOCK_K=stretch.block_k,
         SPAN=min(group_size or 16 // w.itemsize, stretch.block_k),
         num_warps=stretch.num_warps,
+        **chip.dependent_launch(x.device),
     )
     return out

@@ -28,6 +28,7 @@ from engine.kernels import (
     convert,
     fused,
     fused_quantize,
+    inputs,
     matmul,
     paged_attention,
     plan_tiles,
@@ -65,6 +66,7 @@ class CompileOnly(DriverBase):
 
 def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     driver.set_active(CompileOnly(capability))
+    chip.capability = lambda device: divmod(capability, 10)
     launch, compiled = JITFunction.run, {}
 
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -79,6 +81,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     fused.add_rms_norm(x, x, weight, 1e-6)
     fused.silu_mul(x)
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
+    inputs.decode_inputs(ints, ints, ints[None], ints[None], 16)
     for thresholds in (None, floats):
         sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, ints, ints, ints, 151669)
     multiply(capability, dtype)
@@ -90,7 +93,6 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
 
 def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
-    chip.capability = lambda device: divmod(capability, 10)
     for num_rows in (1, matmul.PLAIN_ROWS):
         matmul.linear(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype))
     weight_only = matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT
