@@ -1,8 +1,8 @@
 """Triton kernel of the product of one row: a stream of weights, each widened and multiplied once. Letters: `__init__`.
 
-A program holds the row in fp32 registers and walks tiles of BLOCK_N weight rows, the next tile loaded before the present
-one is used, and the first before the row is there (it is the previous kernel's, the weights are not). A weight row is
-cut into PARTS of SPAN inputs: the groups that share a scale, or what one thread loads at once.
+A program holds the row in fp32 registers and walks tiles of BLOCK_N weight rows, the next tile loaded before the
+present one is used, and the first before the row is there (it is the previous kernel's, the weights are not). A weight
+row is cut into PARTS of SPAN inputs: the groups that share a scale, or what one thread loads at once.
 
 GATED: the weight is gate | up, a tile is some rows of gate and the same of up, and the output silu(gate) * up, rounded
 where `silu_mul` of the product would be.
