@@ -67,6 +67,7 @@ class Flight:
 
     variants: list[VariantFlight]
     failed: list[Sequence]  # the device had no memory for them
+    launched: float = field(default_factory=time.monotonic)
 
     def wait(self) -> None:
         for flight in self.variants:
@@ -96,6 +97,12 @@ class PhaseTimer:
         if self._events:
             return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._end - self._start
+
+    def seconds_since(self, earlier: PhaseTimer) -> float:
+        """From an earlier timer's stop to this one's construction: the device had nothing to do."""
+        if self._events and earlier._events:
+            return float(earlier._events[1].elapsed_time(self._events[0])) / 1e3
+        return self._start - earlier._end
 
 
 class Runner:
