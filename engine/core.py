@@ -59,7 +59,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         model_config = load_model_config(config.model)
-        self.config = config = complete(config, model_config)
+        on_gpu = pick_device(config.device).type == "cuda"
+        self.config = config = complete(config, model_config, on_gpu)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         known = count_token_ids(config.model)
@@ -280,7 +281,7 @@ def _pick_logprobs(sequence: Sequence, ids: list[int], values: list[float], num_
     return Logprobs(ids[top] + ids[named], values[top] + values[named])
 
 
-def complete(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
+def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> EngineConfig:
     """The configuration with every default that depends on the machine or the checkpoint filled in."""
     if not config.variants:
         raise ModelError("variants must name at least one variant")
@@ -290,7 +291,6 @@ def complete(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
-    on_gpu = pick_device(config.device).type == "cuda"
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     return msgspec.structs.replace(
         config,
