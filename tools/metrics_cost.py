@@ -3,8 +3,9 @@
     python tools/metrics_cost.py [--concurrency 32] [--seconds 20] [-- octavo-serve's options]
 
 Throughput with and without metrics cannot be told apart to one in a hundred on a machine that does anything else; CPU
-time can. So a server is started and put under load, and the kernel tells what its API and engine processes used. Then the same counting code runs alone, as often as it did under that load: tokens, ends of
-sequences, reports, statuses, steps, and one page for each of Prometheus' scrapes every 5 s.
+time can. So a server is started and put under load, and the kernel tells what its API and engine processes used. Then
+the same counting code runs alone, as often as it did under that load: tokens, ends of sequences, reports, statuses,
+steps, and one page for each of Prometheus' scrapes every 5 s.
 """
 
 from __future__ import annotations
