@@ -164,9 +164,7 @@ def test_chat_and_files(tmp_path: Path):
     text.write_text("one two three four five six seven")
     assert all(len(b["prompt"].split()) == 128 for b in bodies(replace(BASE, prompts=str(text))))
     rows = tmp_path / "c.jsonl"
-    rows.write_text(
-        '{"prompt": "a\u2028b"}\n{"turns": ["b", "c"]}\n\n{"messages": [{"role": "user", "content": "d"}]}\n'
-    )
+    rows.write_text('{"prompt": "a\u2028b"}\n{"turns": ["b", "c"]}\n\n{"messages": [{"content": "d"}]}\n')
     s = replace(BASE, prompts=str(rows), requests=4)
     assert [b["prompt"] for b in bodies(s)] == ["a\u2028b", "b", "d", "a\u2028b"]
     assert bodies(replace(s, api="chat"))[2]["messages"] == [{"content": "d"}]
