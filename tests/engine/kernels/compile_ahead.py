@@ -25,11 +25,12 @@ from engine.kernels import (
     KVCache,
     chip,
     convert,
+    decode_attention,
     fused,
     inputs,
     matmul,
-    paged_attention,
     plan_tiles,
+    prefill_attention,
     rope,
     sample,
 )
@@ -124,8 +125,8 @@ def attend(
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
         q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
-        paged_attention.prefill(q, cache, tables, plan, 0.1, q)
-        paged_attention.decode(q, cache, tables, plan, 0.1, 2, q)
+        prefill_attention.prefill(q, cache, tables, plan, 0.1, q)
+        decode_attention.decode(q, cache, tables, plan, 0.1, 2, q)
 
 
 if __name__ == "__main__":

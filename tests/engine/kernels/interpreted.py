@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import PREFILL_TILE, fused, inputs, paged_attention, reference, rope, sample
+from engine.kernels import PREFILL_TILE, decode_attention, fused, inputs, prefill_attention, reference, rope, sample
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
@@ -67,11 +67,11 @@ def test_rope_and_store(heads, norm, dtype, rope_case):
 
 @pytest.mark.parametrize("heads", [(2, 1, 128), (6, 1, 64), (8, 1, 64), (2, 2, 64)])
 def test_prefill(heads, paged_batch):
-    tile = paged_attention.prefill_tile(torch.float32)
+    tile = prefill_attention.choose_tile(torch.float32, "", (0, 0))
     lens, contexts = [1, 5, PREFILL_TILE + 3], [9, tile.block_n + 5, PREFILL_TILE + tile.block_n + 7]
     batch = paged_batch(lens, contexts, 1, heads=heads)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.prefill(*batch.args(0.1), out)
+    prefill_attention.prefill(*batch.args(0.1), out)
     assert out[0].isnan().all()  # the decode sequence's token is not this kernel's
     torch.testing.assert_close(out[1:], kernels.attention(*batch.args(0.1))[1:], **FP32_TOLERANCE)
 
@@ -79,10 +79,10 @@ def test_prefill(heads, paged_batch):
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("heads", [(4, 2, 128), (6, 1, 64), (7, 1, 64)])
 def test_decode(heads, num_splits, paged_batch):
-    n = paged_attention.decode_tile(torch.float32).block_n
+    n = decode_attention.choose_tile(torch.float32, 16).block_n
     batch = paged_batch([1] * 5 + [2], [1, n, 2 * n + 3, 0, n + 1, 2], 5, heads=heads)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.1), num_splits, out)
+    decode_attention.decode(*batch.args(0.1), num_splits, out)
     assert out[5:].isnan().all()
     torch.testing.assert_close(out[:5], kernels.attention(*batch.args(0.1))[:5], **FP32_TOLERANCE)
 
@@ -91,16 +91,16 @@ def test_decode(heads, num_splits, paged_batch):
 def test_attention_over_blocks_that_lie_apart(block_size, paged_batch):
     batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), block_size=block_size, apart=True)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.1), 2, out)
-    paged_attention.prefill(*batch.args(0.1), out)
+    decode_attention.decode(*batch.args(0.1), 2, out)
+    prefill_attention.prefill(*batch.args(0.1), out)
     torch.testing.assert_close(out, kernels.attention(*batch.args(0.1)), **FP32_TOLERANCE)
 
 
 def test_attention_in_float16(paged_batch):
     batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), dtype=torch.float16)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.1), 2, out)
-    paged_attention.prefill(*batch.args(0.1), out)
+    decode_attention.decode(*batch.args(0.1), 2, out)
+    prefill_attention.prefill(*batch.args(0.1), out)
     expected = kernels.attention(*batch.widened(0.1))
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=2e-3)
 
@@ -146,18 +146,18 @@ def test_encoding_equals_torch(kv, rope_case):
 @pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("heads", [(6, 1, 64), (4, 2, 128)])
 def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch):
-    n = paged_attention.decode_tile(dtype).block_n
+    n = decode_attention.choose_tile(dtype, 32).block_n
     lens, contexts = [1, 1, 1, 1, 9, PREFILL_TILE + 3], [1, 2 * n + 3, 0, n + 1, 80, PREFILL_TILE + n + 7]
     batch = paged_batch(lens, contexts, 4, heads=heads, block_size=32, dtype=dtype, kv=kv, apart=True)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.01), 2, out)
+    decode_attention.decode(*batch.args(0.01), 2, out)
     assert out[4:].isnan().all()
-    paged_attention.prefill(*batch.args(0.01), out)
+    prefill_attention.prefill(*batch.args(0.01), out)
     expected = kernels.attention(*batch.widened(0.01))
     bound = (1e-5 if dtype == torch.float32 else 2e-3) * float(expected.abs().max())
     torch.testing.assert_close(out.float(), expected, atol=bound, rtol=bound)
     once = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.01), 1, once)
+    decode_attention.decode(*batch.args(0.01), 1, once)
     torch.testing.assert_close(once[:4], out[:4], atol=bound, rtol=bound)
 
 
