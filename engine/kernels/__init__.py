@@ -77,7 +77,7 @@ class KVCache:
 
 
 def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.NDArray[np.int32]:
-    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, of the sequences past num_decodes.
+    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, of those past num_decodes.
 
     Those furthest into their sequence come first: they see most and take longest, and the last to run leave no SM idle.
     """
@@ -87,6 +87,21 @@ def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.
     offsets = (np.arange(len(sequences)) - np.repeat(firsts, counts)) * PREFILL_TILE
     order = np.argsort(-offsets, kind="stable")
     return np.stack([sequences[order], offsets[order]], axis=1).astype(np.int32)
+
+
+def decode_inputs(
+    rows: Tensor, contexts: Tensor, tokens: Tensor, blocks: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a decode step feeds the model: token_ids, positions, slots, [B] int32 each.
+
+    rows: [B] int32, of the tables. contexts: [B] int32, this step's token included; 0 marks padding: slot -1. tokens:
+    [S, max_len], blocks: [S, max_blocks], both int32.
+    """
+    if rows.is_cuda:
+        from engine.kernels import inputs
+
+        return inputs.decode_inputs(rows, contexts, tokens, blocks, block_size)
+    return reference.decode_inputs(rows, contexts, tokens, blocks, block_size)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
