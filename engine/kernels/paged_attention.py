@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.kernels import AttentionPlan, KVCache, chip
 from engine.kernels.decode_attention import choose_splits, decode
+from engine.kernels.kv_widen import widened, widening_pays
 from engine.kernels.prefill_attention import prefill
 
 
@@ -19,5 +20,7 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
         num_splits = choose_splits(programs, longest, chip.num_sms(q.device))
         decode(q, cache, block_tables, plan, scale, num_splits, out)
     if len(plan.tiles):
+        if cache.k_scale is not None and widening_pays(q, cache, plan):
+            cache, block_tables, plan = widened(cache, block_tables, plan, q.dtype)
         prefill(q, cache, block_tables, plan, scale, out)
     return out

@@ -13,7 +13,18 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import PREFILL_TILE, decode_attention, fused, inputs, prefill_attention, reference, rope, sample
+from engine.kernels import (
+    PREFILL_TILE,
+    decode_attention,
+    fused,
+    inputs,
+    kv_widen,
+    paged_attention,
+    prefill_attention,
+    reference,
+    rope,
+    sample,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
@@ -159,6 +170,26 @@ def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch):
     once = torch.full_like(batch.q, torch.nan)
     decode_attention.decode(*batch.args(0.01), 1, once)
     torch.testing.assert_close(once[:4], out[:4], atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
+def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
+    """Three heads a token leave a remainder; blocks lie apart; one sequence has no context, one decodes."""
+    lens, contexts = [1, 40, 0, 7, 70], [50, 40, 0, 39, 70]
+    batch = paged_batch(lens, contexts, 1, heads=(3, 3, 64), block_size=32, dtype=torch.float16, kv=kv, apart=True)
+    assert kv_widen.widening_pays(batch.q, batch.cache, batch.plan)
+    cache, tables, plan = kv_widen.widened(batch.cache, batch.block_tables, batch.plan, torch.float16)
+    for sequence in (1, 3, 4):
+        context = contexts[sequence]
+        table = tables[plan.rows[sequence]][: -(-context // 32)]
+        assert torch.equal(cache.k[table].flatten(0, 1)[:context], batch.keys[sequence].half())
+        assert torch.equal(cache.v[table].flatten(0, 1)[:context], batch.values[sequence].half())
+    got = paged_attention.attention(*batch.args(0.01)).float()
+    expected = kernels.attention(*batch.rounded(0.01))
+    largest = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert ((got - expected).abs() / largest).max() <= 5e-3
+    chunk = paged_batch([9], [80], 0, heads=(1, 1, 64), block_size=32, dtype=torch.float16, kv=kv)
+    assert not kv_widen.widening_pays(chunk.q, chunk.cache, chunk.plan)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
