@@ -126,7 +126,7 @@ def attend(
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
         q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
-        if stored != dtype and dtype != torch.float32:
+        if stored != dtype:
             kv_widen.widened(cache, tables, plan, dtype)
         prefill_attention.prefill(q, cache, tables, plan, 0.1, q)
         decode_attention.decode(q, cache, tables, plan, 0.1, 2, q)

@@ -87,19 +87,28 @@ def test_prefill(heads, paged_batch):
     torch.testing.assert_close(out[1:], kernels.attention(*batch.args(0.1))[1:], **FP32_TOLERANCE)
 
 
+@pytest.fixture
+def split_early(monkeypatch):
+    """Contexts of two tiles and more are split."""
+    monkeypatch.setattr(decode_attention, "MIN_SPLIT", 16)
+    yield
+    assert not decode_attention._counters(torch.device("cpu")).any(), "the next launch expects zeros"
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("heads", [(4, 2, 128), (6, 1, 64), (7, 1, 64)])
-def test_decode(heads, num_splits, paged_batch):
+def test_decode(heads, num_splits, paged_batch, split_early):
+    """Contexts of one part, of as many as there may be, and of fewer because parts are whole tiles."""
     n = decode_attention.choose_tile(torch.float32, 16).block_n
-    batch = paged_batch([1] * 5 + [2], [1, n, 2 * n + 3, 0, n + 1, 2], 5, heads=heads)
+    batch = paged_batch([1] * 6 + [2], [1, n, 2 * n + 3, 0, n + 1, 5 * n + 1, 2], 6, heads=heads)
     out = torch.full_like(batch.q, torch.nan)
     decode_attention.decode(*batch.args(0.1), num_splits, out)
-    assert out[5:].isnan().all()
-    torch.testing.assert_close(out[:5], kernels.attention(*batch.args(0.1))[:5], **FP32_TOLERANCE)
+    assert out[6:].isnan().all()
+    torch.testing.assert_close(out[:6], kernels.attention(*batch.args(0.1))[:6], **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_attention_over_blocks_that_lie_apart(block_size, paged_batch):
+def test_attention_over_blocks_that_lie_apart(block_size, paged_batch, split_early):
     batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), block_size=block_size, apart=True)
     out = torch.full_like(batch.q, torch.nan)
     decode_attention.decode(*batch.args(0.1), 2, out)
@@ -107,7 +116,7 @@ def test_attention_over_blocks_that_lie_apart(block_size, paged_batch):
     torch.testing.assert_close(out, kernels.attention(*batch.args(0.1)), **FP32_TOLERANCE)
 
 
-def test_attention_in_float16(paged_batch):
+def test_attention_in_float16(paged_batch, split_early):
     batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), dtype=torch.float16)
     out = torch.full_like(batch.q, torch.nan)
     decode_attention.decode(*batch.args(0.1), 2, out)
@@ -156,7 +165,7 @@ def test_encoding_equals_torch(kv, rope_case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("heads", [(6, 1, 64), (4, 2, 128)])
-def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch):
+def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch, split_early):
     n = decode_attention.choose_tile(dtype, 32).block_n
     lens, contexts = [1, 1, 1, 1, 9, PREFILL_TILE + 3], [1, 2 * n + 3, 0, n + 1, 80, PREFILL_TILE + n + 7]
     batch = paged_batch(lens, contexts, 4, heads=heads, block_size=32, dtype=dtype, kv=kv, apart=True)
