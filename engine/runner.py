@@ -7,7 +7,7 @@ between reads a device value on the host, so that the next step can be scheduled
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -148,8 +148,11 @@ class Runner:
     def _warm_up(self) -> None:
         """Run each variant once for each range of rows that has kernels of its own, so that none compiles later."""
         spare = self.tables.tokens.shape[0] - 1
-        for size in WARM_UP_ROWS:
-            batch = prefill_batch(spare, min(size, self.max_model_len), self.tables)
+        batches = [prefill_batch(spare, min(size, self.max_model_len), self.tables) for size in WARM_UP_ROWS]
+        prompt = batches[-1]
+        contexts = prompt.plan.context_lens_host + self.max_model_len  # as of a later part of a prompt: see `kv_widen`
+        batches.append(replace(prompt, plan=replace(prompt.plan, context_lens_host=contexts)))
+        for batch in batches:
             for name, variant in self.variants.items():
                 variant.model.forward(batch, self.kv[name])
         torch.cuda.synchronize()

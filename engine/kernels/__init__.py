@@ -98,12 +98,16 @@ class Quantised:
 
 
 def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.NDArray[np.int32]:
-    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, in order, past `num_decodes`."""
+    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, of those past num_decodes.
+
+    Those furthest into their sequence come first: they see most and take longest, and the last to run leave no SM idle.
+    """
     counts = -(-query_lens_host[num_decodes:] // PREFILL_TILE)
     sequences = np.repeat(np.arange(num_decodes, len(query_lens_host)), counts)
     firsts = np.cumsum(counts) - counts
     offsets = (np.arange(len(sequences)) - np.repeat(firsts, counts)) * PREFILL_TILE
-    return np.stack([sequences, offsets], axis=1).astype(np.int32)
+    order = np.argsort(-offsets, kind="stable")
+    return np.stack([sequences[order], offsets[order]], axis=1).astype(np.int32)
 
 
 def decode_inputs(

@@ -26,13 +26,15 @@ from engine.kernels import (
     KVCache,
     chip,
     convert,
+    decode_attention,
     fused,
     fused_quantize,
     gemv,
     inputs,
+    kv_widen,
     matmul,
-    paged_attention,
     plan_tiles,
+    prefill_attention,
     rope,
     sample,
 )
@@ -132,8 +134,10 @@ def attend(
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
         q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
-        paged_attention.prefill(q, cache, tables, plan, 0.1, q)
-        paged_attention.decode(q, cache, tables, plan, 0.1, 2, q)
+        if stored != dtype:
+            kv_widen.widened(cache, tables, plan, dtype)
+        prefill_attention.prefill(q, cache, tables, plan, 0.1, q)
+        decode_attention.decode(q, cache, tables, plan, 0.1, 2, q)
 
 
 if __name__ == "__main__":

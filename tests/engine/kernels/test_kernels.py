@@ -74,6 +74,7 @@ def test_kernels_compile_and_fit(
         "rope_and_store_kernel",
         "silu_mul_kernel",
         "silu_mul_quantize_kernel",
+        "widen_kernel",
     }
     too_large = [(name, size) for name, size in shared if size > LARGEST_SHARED[capability]]
     assert not too_large
