@@ -19,7 +19,8 @@ from engine.graphs import DecodeGraphs
 from engine.kv_pool import KVPool, bytes_per_block, tokens_per_block
 from engine.mixed_graphs import MixedGraphs
 from engine.models.qwen import Qwen
-from engine.quant.formats import Format, parse_format
+from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
+from engine.quant.smooth import smoothing_for
 from engine.quant.variants import Variant, build_variants
 from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample
 from engine.scheduler import Scheduled
@@ -151,12 +152,24 @@ class Runner:
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
-        c = self.model_config
-        if self.config.load_format == "dummy":
-            with DummyCheckpoint(c, self.dtype, self.device) as dummy:
-                return build_variants(c, dummy, formats, max_len, self.device, self.dtype)
-        with SafetensorsCheckpoint(self.config.model) as checkpoint:
-            return build_variants(c, checkpoint, formats, max_len, self.device, self.dtype)
+        c, config, device, dtype = self.model_config, self.config, self.device, self.dtype
+        kept = kept_matrices(config.keep_bf16, c.num_layers)
+        if config.load_format == "dummy":
+            with DummyCheckpoint(c, dtype, device) as dummy:
+                return build_variants(c, dummy, formats, max_len, device, dtype, kept)
+        with SafetensorsCheckpoint(config.model) as checkpoint:
+            smoothing = None
+            if any(f.smooth for f in formats):
+                bf16 = FORMATS["bf16"]
+                smoothing = smoothing_for(
+                    config,
+                    c,
+                    checkpoint.identity(),
+                    lambda: build_variants(c, checkpoint, [bf16], max_len, device, dtype)[bf16.name].model,
+                    device,
+                    dtype,
+                )
+            return build_variants(c, checkpoint, formats, max_len, device, dtype, kept, smoothing)
 
     def _pool_blocks(self, max_batched: int, max_len: int, kvs: set[str | None], size: int) -> int:
         """Blocks of the KV pool: as configured, or what memory allows. size: tokens that any variant has in a block."""

@@ -1,9 +1,14 @@
-"""A checkpoint's tensors, one at a time: from safetensors (sharded or not), or random ones made from a config."""
+"""A checkpoint's tensors, one at a time: from safetensors (sharded or not), or random ones made from a config.
+
+A checkpoint may be quantised already as Qwen's own FP8 ones are: `NAME.weight` in float8_e4m3fn, and beside it
+`NAME.weight_scale_inv`, a number for each 128 x 128 of it that the stored values are multiplied by.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +18,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig, ModelError, load_json
+from engine.quant.formats import BLOCK
+from engine.quant.quantize import dequantize
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCALE_SUFFIX = "_scale_inv"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix that the checkpoint holds in 8 bits: qdata [N, K] float8_e4m3fn, scale [N, ceil(K / 128)] fp32, a
+    block's repeated for each of its outputs.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+
+    def dequantized(self) -> Tensor:
+        """[N, K] fp32, exactly what is stored."""
+        return dequantize(self.qdata, self.scale, BLOCK, torch.float32)
+
+    def to(self, device: torch.device) -> Blocks:
+        return Blocks(self.qdata.to(device), self.scale.to(device))
+
+    def is_finite(self) -> bool:
+        """No code is NaN (e4m3fn has no infinity), and every scale is a number."""
+        codes = self.qdata.view(torch.uint8) & 0x7F
+        return bool((codes != 0x7F).all()) and bool(self.scale.isfinite().all())
 
 
 class SafetensorsCheckpoint:
@@ -58,8 +88,29 @@ class SafetensorsCheckpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether any matrix is in 8 bits."""
+        return any(name.endswith(SCALE_SUFFIX) for name in self.files)
+
     def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor called `name`, which must have this shape and a floating dtype."""
+        """The tensor called `name`, which must have this shape and a floating dtype of at least 16 bits."""
+        tensor = self._read(name, shape)
+        if tensor.itemsize == 1:
+            raise ModelError(f"{self.folder}: {name} is {tensor.dtype}, but there is no {name + SCALE_SUFFIX}")
+        return tensor
+
+    def load_blocks(self, name: str, shape: tuple[int, int]) -> Blocks | None:
+        """The matrix called `name`, which must have this shape; None if it is not in 8 bits."""
+        if name + SCALE_SUFFIX not in self.files:
+            return None
+        qdata = self._read(name, shape)
+        if qdata.dtype != torch.float8_e4m3fn:
+            raise ModelError(f"{self.folder}: {name} is {qdata.dtype}, but there is {name + SCALE_SUFFIX} to it")
+        scale = self.load(name + SCALE_SUFFIX, (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK)))
+        return Blocks(qdata, scale.float().repeat_interleave(BLOCK, dim=0)[: shape[0]].contiguous())
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}")
         try:
@@ -97,8 +148,13 @@ class DummyCheckpoint:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         pass
 
+    holds_blocks = False
+
     def __contains__(self, name: str) -> bool:
         return name != "lm_head.weight" or not self.config.tie_word_embeddings
+
+    def load_blocks(self, name: str, shape: tuple[int, int]) -> Blocks | None:
+        return None
 
     def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
