@@ -23,6 +23,8 @@ from engine.quant.quantize import dequantize
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Blocks:
         return Blocks(self.qdata.to(device), self.scale.to(device))
 
     def is_finite(self) -> bool:
-        """No code is NaN (e4m3fn has no infinity), and every scale is a number."""
+        """No code is NaN (e4m3fn has no infinity), and every scale is a number. Shapes without values are."""
+        if self.qdata.is_meta:
+            return True
         codes = self.qdata.view(torch.uint8) & 0x7F
         return bool((codes != 0x7F).all()) and bool(self.scale.isfinite().all())
 
@@ -77,13 +81,16 @@ class SafetensorsCheckpoint:
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise ModelError(f"{self.folder} lacks {file}, which {INDEX} names") from None
-            except (SafetensorError, OSError) as e:
-                raise ModelError(f"{self.folder / file} is not a whole safetensors file: {e}") from None
+            self._open[file] = self._map(file)
         return self._open[file]
+
+    def _map(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt", device="cpu")
+        except FileNotFoundError:
+            raise ModelError(f"{self.folder} lacks {file}, which {INDEX} names") from None
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"{self.folder / file} is not a whole safetensors file: {e}") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -95,32 +102,55 @@ class SafetensorsCheckpoint:
 
     def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor called `name`, which must have this shape and a floating dtype of at least 16 bits."""
-        tensor = self._read(name, shape)
-        if tensor.itemsize == 1:
-            raise ModelError(f"{self.folder}: {name} is {tensor.dtype}, but there is no {name + SCALE_SUFFIX}")
-        return tensor
+        self.shape(name, shape)
+        return self._read(name)
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As `load`, from the file's header alone: a tensor on the meta device."""
+        dtype = self._dtype(name, shape)
+        if dtype not in _FLOATS:
+            lacks = f", and there is no {name + SCALE_SUFFIX}" if dtype == _FP8 else ""
+            raise ModelError(f"{self.folder}: {name} is {dtype}, which is not supported here{lacks}")
+        return torch.empty(shape, dtype=_FLOATS[dtype], device="meta")
 
     def load_blocks(self, name: str, shape: tuple[int, int]) -> Blocks | None:
         """The matrix called `name`, which must have this shape; None if it is not in 8 bits."""
+        if self.block_shapes(name, shape) is None:
+            return None
+        scale = self._read(name + SCALE_SUFFIX).float().repeat_interleave(BLOCK, dim=0)
+        return Blocks(self._read(name), scale[: shape[0]].contiguous())
+
+    def block_shapes(self, name: str, shape: tuple[int, int]) -> Blocks | None:
+        """As `load_blocks`, from the file's header alone: tensors on the meta device."""
         if name + SCALE_SUFFIX not in self.files:
             return None
-        qdata = self._read(name, shape)
-        if qdata.dtype != torch.float8_e4m3fn:
-            raise ModelError(f"{self.folder}: {name} is {qdata.dtype}, but there is {name + SCALE_SUFFIX} to it")
-        scale = self.load(name + SCALE_SUFFIX, (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK)))
-        return Blocks(qdata, scale.float().repeat_interleave(BLOCK, dim=0)[: shape[0]].contiguous())
+        dtype = self._dtype(name, shape)
+        if dtype != _FP8:
+            raise ModelError(f"{self.folder}: {name} is {dtype}, but there is {name + SCALE_SUFFIX} to it")
+        groups = -(-shape[1] // BLOCK)
+        self.shape(name + SCALE_SUFFIX, (-(-shape[0] // BLOCK), groups))
+        qdata = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+        return Blocks(qdata, qdata.new_empty(shape[0], groups, dtype=torch.float32))
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _dtype(self, name: str, shape: tuple[int, ...]) -> str:
+        """The dtype of a tensor, in safetensors' words, once it is there and has this shape."""
         if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}")
         try:
-            tensor: Tensor = self._file(self.files[name]).get_tensor(name)
+            header = self._file(self.files[name]).get_slice(name)
         except SafetensorError as e:
             raise ModelError(f"{self.folder / self.files[name]}: cannot read {name}: {e}") from None
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise ModelError(
-                f"{self.folder}: {name} is {tensor.dtype} {list(tensor.shape)}, the config asks for {list(shape)}"
-            )
+        dtype, found = str(header.get_dtype()), tuple(header.get_shape())
+        if found != shape:
+            raise ModelError(f"{self.folder}: {name} is {dtype} {list(found)}, the config asks for {list(shape)}")
+        return dtype
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            # opened anew: a mapping lives as long as its tensors do, and keeps what was read from it in memory
+            tensor: Tensor = self._map(self.files[name]).get_tensor(name)
+        except SafetensorError as e:
+            raise ModelError(f"{self.folder / self.files[name]}: cannot read {name}: {e}") from None
         return tensor
 
     def identity(self) -> bytes:
@@ -148,13 +178,15 @@ class DummyCheckpoint:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         pass
 
-    holds_blocks = False
+    holds_blocks = False  # it has no such matrices, whatever the config says
 
     def __contains__(self, name: str) -> bool:
         return name != "lm_head.weight" or not self.config.tie_word_embeddings
 
-    def load_blocks(self, name: str, shape: tuple[int, int]) -> Blocks | None:
-        return None
+    def load_blocks(self, name: str, shape: tuple[int, int]) -> None:
+        pass
+
+    block_shapes = load_blocks
 
     def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
@@ -165,11 +197,45 @@ class DummyCheckpoint:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device) * 0.02
 
+    def shape(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As `load`, but on the meta device."""
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
     def identity(self) -> bytes:
         return hashlib.sha256(b"dummy" + repr(self.config).encode()).digest()
 
 
-Checkpoint = SafetensorsCheckpoint | DummyCheckpoint
+class ShapeCheckpoint:
+    """Another checkpoint's tensors as shapes on the meta device: what would be loaded, without reading any of it."""
+
+    def __init__(self, whole: SafetensorsCheckpoint | DummyCheckpoint) -> None:
+        self.whole = whole
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.whole
+
+    @property
+    def holds_blocks(self) -> bool:
+        return self.whole.holds_blocks
+
+    def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.whole.shape(name, shape)
+
+    def load_blocks(self, name: str, shape: tuple[int, int]) -> Blocks | None:
+        return self.whole.block_shapes(name, shape)
+
+    def identity(self) -> bytes:
+        return self.whole.identity()
+
+
+Checkpoint = SafetensorsCheckpoint | DummyCheckpoint | ShapeCheckpoint
+
+
+def open_checkpoint(
+    folder: str | Path, load_format: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> SafetensorsCheckpoint | DummyCheckpoint:
+    """The checkpoint that `EngineConfig.load_format` names; `dtype` and `device` are of dummies."""
+    return DummyCheckpoint(config, dtype, device) if load_format == "dummy" else SafetensorsCheckpoint(folder)
 
 
 def count_token_ids(folder: str | Path) -> int | None:

@@ -11,7 +11,6 @@ formats are made of what it stands for, in fp32. What such a checkpoint leaves u
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -24,6 +23,7 @@ from engine.models.layers import rotary_table
 from engine.models.qwen import Layer, Qwen
 from engine.quant.formats import FORMATS, HEAD, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
+from engine.quant.memory import all_finite, count_bytes
 from engine.quant.quantize import dequantize, quantize
 from engine.weights import Blocks, Checkpoint
 
@@ -144,7 +144,8 @@ def build_variants(
     smoothing: Smoothing | None = None,
 ) -> dict[str, Variant]:
     """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a
-    part or holds NaN or infinity, and for a format that the device cannot multiply in.
+    part or holds NaN or infinity, and for a format that the device cannot multiply in. On the meta device, from a
+    ShapeCheckpoint, it builds the shapes alone.
 
     kept: `formats.kept_matrices`, what stays unquantised. smoothing: of smoothed formats; None: all factors are 1.
     """
@@ -199,7 +200,7 @@ def build_variants(
     norm = shared("model.norm.weight", c.hidden_size)
     rotary = rotary_table(c, max_len, device)
     models = {name: Qwen(c, embedding, layers[name], norm, heads[name], rotary) for name in names}
-    return _account(formats, models, checkpoint.identity(), dtype, kept, smoothing)
+    return account(formats, models, checkpoint.identity(), dtype, kept, smoothing)
 
 
 def _load_parts(
@@ -216,13 +217,12 @@ def _load_parts(
 
 
 def _checked(name: str, stored: Numbers) -> Numbers:
-    finite = stored.is_finite() if isinstance(stored, Blocks) else bool(stored.isfinite().all())
-    if not finite:
+    if not (stored.is_finite() if isinstance(stored, Blocks) else all_finite(stored)):
         raise ModelError(f"{name} of the checkpoint holds NaN or infinity")
     return stored
 
 
-def _account(
+def account(
     formats: list[Format],
     models: dict[str, Qwen],
     identity: bytes,
@@ -230,25 +230,13 @@ def _account(
     kept: frozenset[str],
     smoothing: Smoothing | None,
 ) -> dict[str, Variant]:
-    tensors = {name: {t.data_ptr(): t.nbytes for t in weight_tensors(m)} for name, m in models.items()}
-    users = Counter(pointer for own in tensors.values() for pointer in own)
-    variants = {}
+    """The variants of these model trees, with what each holds alone and together with others."""
+    counted, variants = count_bytes(models), {}
     for f in formats:
-        sizes = tensors[f.name]
-        own = sum(size for pointer, size in sizes.items() if users[pointer] == 1)
         # What the KV depends on beside the checkpoint.
         numbers = f"{replace(f, name='')} {dtype} {sorted(kept)}".encode()
         if f.smooth and smoothing is not None:
             numbers += smoothing.fingerprint
         fingerprint = hashlib.sha256(identity + numbers).digest()
-        variants[f.name] = Variant(f, models[f.name], fingerprint, own, sum(sizes.values()) - own)
+        variants[f.name] = Variant(f, models[f.name], fingerprint, counted.own[f.name], counted.shared[f.name])
     return variants
-
-
-def weight_tensors(model: Qwen) -> list[Tensor]:
-    """Every weight of one model tree (a tied head's tensor appears twice)."""
-    tensors = [model.embedding, model.norm, *model.head.tensors]
-    for layer in model.layers:
-        tensors += [t for t in (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm) if t is not None]
-        tensors += [t for m in (layer.qkv, layer.out, layer.gate_up, layer.down) for t in m.tensors]
-    return tensors

@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM
 from engine import LLM, SamplingParams
 from engine.config import ModelError
 from engine.kernels import reference
+from engine.memory import planned_weights
 from engine.messages import AddRequest, pack_ids
 from engine.models.qwen import Layer
 from engine.quant.formats import FORMATS, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
+from engine.quant.memory import count_bytes
 from engine.quant.quantize import dequantize, quantize
 from engine.quant.variants import build_linears, check_device
+from engine.weights import SafetensorsCheckpoint
 
 POCKET = Path(__file__).resolve().parents[3] / "models" / "pocket"
 WEIGHT_TOLERANCE = 2e-4  # of a logprob, in fp32
@@ -182,6 +185,14 @@ def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
     assert variants["w8a8-fp8-block"].own_bytes == matrices + matrices // 128 * 4
 
 
+def test_a_plan_of_every_format_is_what_is_loaded(llm: LLM) -> None:
+    runner = llm.engine.runner
+    formats = [v.format for v in runner.variants.values()]
+    with SafetensorsCheckpoint(POCKET) as checkpoint:
+        planned = planned_weights(runner.model_config, checkpoint, formats, runner.dtype)
+    assert planned == runner.plan.weights == count_bytes({n: v.model for n, v in runner.variants.items()})
+
+
 def test_real_variants_agree_with_fake_ones_within_bf16() -> None:
     """In bf16, every weight-only format: the fake weight is the stored one rounded once, a product differs by the
     rounding of its sum, and logprobs by what becomes of that in three layers.
@@ -239,6 +250,10 @@ def test_a_quantised_head(plain: Any, options: dict[str, Any], factors: dict[str
     assert variants["int8-tensor"].own_bytes == matrices + 4 * scales + table.numel() + 4 * len(table)
     for name in names:
         check_logits(llm, defined(plain, name, factors, kept=("none",)), name)
+    with SafetensorsCheckpoint(POCKET) as checkpoint:
+        formats = [v.format for v in variants.values()]
+        planned = planned_weights(llm.engine.runner.model_config, checkpoint, formats, torch.float32, frozenset())
+    assert planned == count_bytes(models)
 
 
 def test_pieces_of_rows_are_quantised_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
