@@ -44,12 +44,12 @@ def test_nine_variants_in_one_load_answer_as_alone(start_server: Callable[..., A
         assert names == ["pocket", *(f"pocket:{variant}" for variant in VARIANTS)]
         alone = {key: ask(client, *key, "alone") for key in asked}
         time.sleep(1.2)  # what /metrics may be behind
-        before = served.metric("octavo_steps_total")
+        before = served.metric("octavo_step_seconds_count")
         with ThreadPoolExecutor(len(asked)) as threads:
             answers = threads.map(lambda key: ask(client, *key, "mixed"), asked)
             mixed = dict(zip(asked, answers, strict=True))
         time.sleep(1.2)
-        steps = served.metric("octavo_steps_total") - before
+        steps = served.metric("octavo_step_seconds_count") - before
     assert NUM_TOKENS <= steps < NUM_TOKENS * len(asked) / 3  # many sequences a step
     for (variant, prompt), (tokens, margins) in alone.items():
         clear = NUM_TOKENS
