@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.kernels import reference
 from engine.memory import planned_weights
 from engine.messages import AddRequest, pack_ids
 from engine.models.qwen import Layer
-from engine.quant.formats import FORMATS
+from engine.quant.formats import FORMATS, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
 from engine.quant.memory import count_bytes
 from engine.quant.quantize import dequantize, quantize
@@ -33,9 +34,38 @@ TOKEN_TOLERANCE = 0.15
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where SmoothQuant's factors are."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def options(cache: Path) -> dict[str, Any]:
+    """A short text to calibrate with."""
+    text = cache / "text.txt"
+    text.write_text((POCKET / "prose.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    return {"calibration_file": str(text), "cache_dir": str(cache), "num_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def llm(options: dict[str, Any]) -> LLM:
     """Every format at once."""
-    return LLM(POCKET, variants=list(FORMATS), kv_cache_tokens=16384, num_threads=1)
+    return LLM(POCKET, variants=list(FORMATS), kv_cache_tokens=16384, **options)
+
+
+@pytest.fixture(scope="module")
+def factors(llm: LLM, cache: Path) -> dict[str, torch.Tensor]:
+    """SmoothQuant's, by the name of a Linear of transformers' model."""
+    (file,) = (cache / "smooth").iterdir()
+    stored = load_file(file)
+    products = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    paths = {}
+    for i in range(3):
+        for part in ("q", "k", "v", "o", "gate", "up", "down"):
+            where = "mlp" if part in ("gate", "up", "down") else "self_attn"
+            product = products.get(f"{part}_proj", part)
+            paths[f"model.layers.{i}.{where}.{part}_proj"] = stored[f"layers.{i}.{product}_proj"]
+    return paths | {"lm_head": stored["lm_head"]}
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +74,28 @@ def plain() -> Any:
     return AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def defined(plain: Any, name: str) -> Any:
+def defined(plain: Any, name: str, factors: dict[str, torch.Tensor], kept: tuple[str, ...] = ("lm_head",)) -> Any:
     """The model that the format's definition describes: dequantised weights, and tokens quantised on the way in."""
     model, fmt = deepcopy(plain), FORMATS[name]
     for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or path == "lm_head" or fmt.weight is None:
+        if not isinstance(module, torch.nn.Linear) or path.endswith(kept) or fmt.weight is None:
             continue
         assert fmt.granularity is not None
-        qdata, scale = quantize(module.weight.data.bfloat16(), getattr(torch, fmt.weight), fmt.granularity)
-        module.weight.data = dequantize(qdata, scale, fmt.group_size, torch.float32)
+        weight, dtype = module.weight.data.bfloat16(), getattr(torch, fmt.weight)
+        factor = factors[path] if fmt.smooth else None
+        numbers = weight if factor is None else weight.float() * factor
+        weight = dequantize(*quantize(numbers, dtype, fmt.granularity), fmt.group_size, torch.float32)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)  # the head's, too, is its own now
         if fmt.activation:
-            module.register_forward_pre_hook(lambda _, args, d=qdata.dtype, g=fmt.group_size: round_trip(args[0], d, g))
+            module.register_forward_pre_hook(partial(quantise_inputs, fmt, factor))
     return model
+
+
+def quantise_inputs(
+    fmt: Format, factor: torch.Tensor | None, module: object, args: tuple[torch.Tensor]
+) -> torch.Tensor:
+    x = args[0] if factor is None else args[0] * (1.0 / factor)
+    return round_trip(x, getattr(torch, str(fmt.activation)), fmt.group_size)
 
 
 def round_trip(x: torch.Tensor, dtype: torch.dtype, group: int) -> torch.Tensor:
@@ -75,9 +115,13 @@ def logprobs(llm: LLM, ids: list[int], variant: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
-def test_logits_are_the_definitions(llm: LLM, plain: Any, name: str) -> None:
+def test_logits_are_the_definitions(llm: LLM, plain: Any, factors: dict[str, torch.Tensor], name: str) -> None:
+    check_logits(llm, defined(plain, name, factors), name)
+
+
+def check_logits(llm: LLM, model: Any, name: str) -> None:
     ids = torch.randint(4000, (24,), generator=torch.Generator().manual_seed(3)).tolist()
-    want = defined(plain, name)(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(20).values
+    want = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(20).values
     got = logprobs(llm, ids, name)
     if FORMATS[name].activation:
         assert (got - want).abs().mean() < TOKEN_TOLERANCE
@@ -87,8 +131,10 @@ def test_logits_are_the_definitions(llm: LLM, plain: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if f.activation])
 @torch.no_grad()
-def test_each_matrix_with_8_bit_activations_is_the_definitions(llm: LLM, plain: Any, name: str) -> None:
-    layer, theirs = llm.engine.runner.variants[name].model.layers[2], defined(plain, name).model.layers[2]
+def test_each_matrix_with_8_bit_activations_is_the_definitions(
+    llm: LLM, plain: Any, factors: dict[str, torch.Tensor], name: str
+) -> None:
+    layer, theirs = llm.engine.runner.variants[name].model.layers[2], defined(plain, name, factors).model.layers[2]
     x = torch.randn(7, 512)
     x[1] *= 100
     x[2, 9] = 300.0
@@ -123,7 +169,7 @@ def test_variants_mixed_in_one_load_answer_as_alone(llm: LLM) -> None:
 
 def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
     variants = llm.engine.runner.variants
-    stored: dict[tuple[str | None, str | None, bool], set[int]] = {}
+    stored: dict[Stored, set[int]] = {}
     for name, variant in variants.items():
         fmt, layer = FORMATS[name], variant.model.layers[1]
         kind = PlainLinear if fmt.fake or not fmt.weight else W8A8Linear if fmt.activation else WeightOnlyLinear
@@ -142,8 +188,8 @@ def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
 def test_a_plan_of_every_format_is_what_is_loaded(llm: LLM) -> None:
     runner = llm.engine.runner
     formats = [v.format for v in runner.variants.values()]
-    with SafetensorsCheckpoint(POCKET) as checkpoint:
-        planned = planned_weights(runner.model_config, checkpoint, formats, runner.dtype)
+    with SafetensorsCheckpoint(POCKET, shapes_only=True) as shapes:
+        planned = planned_weights(runner.model_config, shapes, formats, runner.dtype, runner.kept)
     assert planned == runner.plan.weights == count_bytes({n: v.model for n, v in runner.variants.items()})
 
 
