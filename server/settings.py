@@ -257,10 +257,10 @@ def load_settings(argv: list[str]) -> ServerSettings:
         _fail(_first_error(e, given, in_file, path))
     if not settings.model:
         _fail("name a model: a folder, such as models/pocket, or a hub id. --help lists all options")
-    if settings.quantize_lm_head and HEAD in settings.keep_bf16:
-        _fail(f"--quantize-lm-head: --keep-bf16 names {HEAD}; give one of the two")
     if settings.gpu_memory and not settings.dry_run:
         _fail("--gpu-memory: is for --dry-run; a server takes --gpu-memory-utilization of the GPU that is here")
+    if settings.quantize_lm_head and HEAD in settings.keep_bf16:
+        _fail(f"--quantize-lm-head: --keep-bf16 names {HEAD}; give one of the two")
     return settings
 
 

@@ -89,15 +89,13 @@ class W8A8Linear:
     @property
     def takes(self) -> Codes | None:
         """What spares the product a launch: activations quantised by the operation before it."""
-        return Codes(self.qdata.dtype, self.group_size) if self.pre_scale is None else None
+        return None if self.pre_scale is not None else Codes(self.qdata.dtype, self.group_size)
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""
         if isinstance(x, Tensor):
             tokens = x if self.pre_scale is None else x * self.pre_scale
             x = Quantised(*kernels.quantize_tokens(tokens, self.qdata.dtype, self.group_size), x.dtype)
-        else:
-            assert self.pre_scale is None
         return kernels.w8a8_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:

@@ -21,7 +21,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,9 @@ from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.kernels import Codes, Quantised
 from engine.kv_pool import KVPool
 from engine.models.qwen import Layer, Qwen
-from engine.quant.formats import FORMATS, HEAD, MATRICES, Format
+from engine.quant.formats import HEAD, MATRICES
 from engine.quant.linear import Linear, PlainLinear
-from engine.quant.variants import Smoothing, build_variants
-from engine.weights import Checkpoint, SafetensorsCheckpoint
+from engine.quant.variants import Smoothing
 
 BUNDLED_TEXT = Path(__file__).resolve().parents[2] / "models" / "pocket" / "prose.txt"
 MAX_TOKENS = 8192  # of the text that are read
@@ -70,34 +69,32 @@ class _Observed(PlainLinear):
 def smoothing_for(
     config: EngineConfig,
     model_config: ModelConfig,
-    checkpoint: Checkpoint,
-    formats: list[Format],
+    identity: bytes,
+    build: Callable[[], Qwen],
     device: torch.device,
     dtype: torch.dtype,
-) -> Smoothing | None:
-    """A checkpoint's factors for the settings of `config`, from the cache or by calibration on `device` in `dtype`.
-    None where no format is smoothed, and for random weights, which have nothing to smooth.
+) -> Smoothing:
+    """The factors of a checkpoint for the settings of `config`, from the cache or by calibration.
 
-    Raises ModelError, naming the option, for an alpha out of range or a text that cannot be read.
+    identity: the checkpoint's. build: makes its unquantised model on `device`, computing in `dtype`; called only if the
+    cache has nothing. Raises ModelError, naming the option, for an alpha out of range or a text that cannot be read.
     """
-    if not any(f.smooth for f in formats) or not isinstance(checkpoint, SafetensorsCheckpoint):
-        return None
     alpha = config.smooth_alpha
     if not 0 <= alpha <= 1:
         raise ModelError(f"smooth_alpha must be from 0 (all to the activations) to 1 (all to the weights), got {alpha}")
     ids = _calibration_ids(config, model_config)
     what = f"smooth 1 alpha {alpha!r} {dtype} {len(ids)} tokens".encode()
-    fingerprint = hashlib.sha256(what + checkpoint.identity() + ids.numpy().tobytes()).digest()
+    fingerprint = hashlib.sha256(what + identity + ids.numpy().tobytes()).digest()
     path = cache_folder(config) / f"{fingerprint.hex()}.safetensors"
     shapes = _shapes(model_config)
     factors = _load(path, fingerprint, shapes)
     if factors is None:
-        plain = FORMATS["bf16"]
         try:
-            model = build_variants(model_config, checkpoint, [plain], WINDOW, device, dtype)[plain.name].model
-            factors = _calibrate(model, ids, alpha, dtype, device)
+            factors = _calibrate(build(), ids, alpha, dtype, device)
         except torch.OutOfMemoryError:
-            raise ModelError(f"SmoothQuant calibrates with the unquantised model, which {device} cannot hold") from None
+            raise ModelError(
+                f"SmoothQuant's calibration runs the unquantised model, which {device} has no room for"
+            ) from None
         bad = [name for name, factor in factors.items() if not _is_usable(factor, shapes[name])]
         if bad:
             raise ModelError(f"calibration gave no usable factors for {bad[0]}: activations overflow in {dtype}")

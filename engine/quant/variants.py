@@ -145,7 +145,7 @@ def build_variants(
 ) -> dict[str, Variant]:
     """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a
     part or holds NaN or infinity, and for a format that the device cannot multiply in. On the meta device, from a
-    ShapeCheckpoint, it builds the shapes alone.
+    checkpoint of shapes, it builds the shapes alone.
 
     kept: `formats.kept_matrices`, what stays unquantised. smoothing: of smoothed formats; None: all factors are 1.
     """
@@ -200,7 +200,7 @@ def build_variants(
     norm = shared("model.norm.weight", c.hidden_size)
     rotary = rotary_table(c, max_len, device)
     models = {name: Qwen(c, embedding, layers[name], norm, heads[name], rotary) for name in names}
-    return account(formats, models, checkpoint.identity(), dtype, kept, smoothing)
+    return _account(formats, models, checkpoint.identity(), dtype, kept, smoothing)
 
 
 def _load_parts(
@@ -211,18 +211,18 @@ def _load_parts(
     in_8_bits = [_checked(name, b.to(device)) for name, b in blocks.items() if b is not None]
     if in_8_bits and len(in_8_bits) < len(rows):
         lacking = next(name for name, b in blocks.items() if b is None)
-        checkpoint.load(lacking, (rows[lacking], inputs))  # refuses 8 bits without their scales
         raise ModelError(f"{lacking} of the checkpoint is not in 8 bits, but another part of the same product is")
     return in_8_bits or [_checked(name, checkpoint.load(name, (num, inputs)).to(device)) for name, num in rows.items()]
 
 
 def _checked(name: str, stored: Numbers) -> Numbers:
-    if not (stored.is_finite() if isinstance(stored, Blocks) else all_finite(stored)):
+    finite = all_finite(stored) if isinstance(stored, Tensor) else stored.qdata.is_meta or stored.is_finite()
+    if not finite:
         raise ModelError(f"{name} of the checkpoint holds NaN or infinity")
     return stored
 
 
-def account(
+def _account(
     formats: list[Format],
     models: dict[str, Qwen],
     identity: bytes,
@@ -230,7 +230,6 @@ def account(
     kept: frozenset[str],
     smoothing: Smoothing | None,
 ) -> dict[str, Variant]:
-    """The variants of these model trees, with what each holds alone and together with others."""
     counted, variants = count_bytes(models), {}
     for f in formats:
         # What the KV depends on beside the checkpoint.
