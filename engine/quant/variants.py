@@ -211,6 +211,7 @@ def _load_parts(
     in_8_bits = [_checked(name, b.to(device)) for name, b in blocks.items() if b is not None]
     if in_8_bits and len(in_8_bits) < len(rows):
         lacking = next(name for name, b in blocks.items() if b is None)
+        checkpoint.load(lacking, (rows[lacking], inputs))  # refuses 8 bits without their scales
         raise ModelError(f"{lacking} of the checkpoint is not in 8 bits, but another part of the same product is")
     return in_8_bits or [_checked(name, checkpoint.load(name, (num, inputs)).to(device)) for name, num in rows.items()]
 
