@@ -33,6 +33,7 @@ from engine.messages import (
     unpack_ids,
 )
 from engine.phases import PhaseClock
+from engine.quant.formats import AUTO
 from engine.runner import Flight, PhaseTimer, Runner, VariantFlight, pick_device
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -285,7 +286,8 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
     """The configuration with every default that depends on the machine or the checkpoint filled in."""
     if not config.variants:
         raise ModelError("variants must name at least one variant")
-    if len(set(config.variants)) < len(config.variants):
+    variants = tuple(model_config.own_variant if name == AUTO else name for name in config.variants)
+    if len(set(variants)) < len(variants):
         raise ModelError(f"a variant is named twice in {','.join(config.variants)}")
     if config.max_model_len > model_config.max_position_embeddings:
         raise ModelError(
@@ -294,6 +296,7 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     return msgspec.structs.replace(
         config,
+        variants=variants,
         max_num_batched_tokens=max(budget, config.max_num_seqs),
         overlap=on_gpu if config.overlap is None else config.overlap,
     )
