@@ -110,7 +110,9 @@ class Watch:
         end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:
             status = self.status
-            if status is None or status.stats is None or not any(v.waiting for v in status.stats.variants.values()):
+            if status is None or status.stats is None:
+                return
+            if not any(sum(v.waiting.values()) for v in status.stats.variants.values()):
                 return
             await asyncio.sleep(POLL_SECONDS)
 
