@@ -156,6 +156,10 @@ class OctavoClient:
         """POST /v1/chat/completions."""
         return await self._call("POST", "/v1/chat/completions", {"model": model, "messages": messages, **body})
 
+    async def compare(self, prompt: str | list[int], **body: Any) -> JSON:
+        """POST /v1/compare: one prompt through several variants; `body`: variants, continuation, max_tokens."""
+        return await self._call("POST", "/v1/compare", {"prompt": prompt, **body})
+
     def stream_completions(self, model: str, prompt: Prompt, **body: Any) -> AsyncGenerator[JSON]:
         """The chunks of a streamed completion. To end it early, close the generator (`contextlib.aclosing`)."""
         return self._stream("/v1/completions", {"model": model, "prompt": prompt, **body})
