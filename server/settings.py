@@ -183,6 +183,12 @@ class ServerSettings(BaseSettings):
     step_timeout: float = _option(
         60.0, "Running", "a step longer than this means the engine hangs", "SECONDS", gt=0, le=86400
     )
+    canary: bool = _option(
+        False,
+        "Running",
+        "let each variant answer a small exam at start and then now and again; /metrics has the figures",
+    )
+    canary_interval: float = _option(3600.0, "Running", "between two exams of the canary", "SECONDS", ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Running", "least level to log")
     log_format: Literal["text", "json"] = _option(
         "text", "Running", "json: one object a line, with each request, its id, status, time and tokens"
