@@ -8,6 +8,7 @@ finished costs one token that is dropped.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
+from engine.kernels import compiles
 from engine.messages import (
     AddRequest,
     EngineInfo,
@@ -35,6 +37,8 @@ from engine.runner import Flight, Runner, VariantFlight, pick_device
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.weights import count_token_ids
+
+log = logging.getLogger("octavo.engine")
 
 
 @dataclass
@@ -61,6 +65,8 @@ class Engine:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         known = count_token_ids(config.model)
+        self._compiled = compiles.watch() if pick_device(config.device).type == "cuda" else []
+        compiled_elsewhere = len(self._compiled)
         self.num_ids = min(known or model_config.vocab_size, model_config.vocab_size)
         self.runner = Runner(config, model_config, self.num_ids)
         self.eos_token_ids = frozenset(i for i in model_config.eos_token_ids if i < self.num_ids)
@@ -79,6 +85,8 @@ class Engine:
         self.step_seconds = 0.0
         self.step_started: float | None = None
         self._flights: deque[Flight] = deque()
+        self._ready_at = self._warned_at = len(self._compiled)
+        self.compiles_before_ready = self._ready_at - compiled_elsewhere
 
     @property
     def info(self) -> EngineInfo:
@@ -98,6 +106,11 @@ class Engine:
             device=str(self.runner.device),
             dtype=str(self.runner.dtype).removeprefix("torch."),
         )
+
+    @property
+    def compiled_after_ready(self) -> list[str]:
+        """Names of the Triton kernels that had to be compiled while serving; each made a step wait."""
+        return self._compiled[self._ready_at :]
 
     @property
     def has_work(self) -> bool:
@@ -151,6 +164,9 @@ class Engine:
             for share in flight.variants:
                 self._take(share, result)
         self.step_seconds += time.monotonic() - self.step_started
+        if len(self._compiled) > self._warned_at:
+            late, self._warned_at = self._compiled[self._warned_at :], len(self._compiled)
+            log.warning("a step waited for the compiler: %s", ", ".join(late))
         self.step_started = None
         return result
 
@@ -183,6 +199,8 @@ class Engine:
             variants=variants,
             step_seconds=self.step_seconds,
             graph_replays=self.runner.num_replays,
+            compiles_before_ready=self.compiles_before_ready,
+            compiles_after_ready=len(self.compiled_after_ready),
         )
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -173,7 +173,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     """The engine at one moment. busy_seconds: how long the present step has been running (0 when idle).
 
     step_seconds: wall time of all steps so far; what of it is not the variants' device time, the device waited for the
-    host. graph_replays: batches that ran through a CUDA graph.
+    host. graph_replays: batches that ran through a CUDA graph. compiles: versions of Triton kernels compiled before the
+    engine was ready and since (which should stay 0).
     """
 
     steps: int
@@ -184,6 +185,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     variants: dict[str, VariantStats]
     step_seconds: float = 0.0
     graph_replays: int = 0
+    compiles_before_ready: int = 0
+    compiles_after_ready: int = 0
 
 
 class EngineReady(msgspec.Struct, tag="ready", array_like=True):

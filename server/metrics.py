@@ -244,6 +244,8 @@ class StatusCollector(Collector):
         yield _counter("octavo_steps", "Steps since the engine started.", {(): stats.steps})
         yield _counter("octavo_step_seconds", "Wall time of all steps.", {(): stats.step_seconds})
         yield _counter("octavo_graph_replays", "Batches that ran through a CUDA graph.", {(): stats.graph_replays})
+        compiles = {("before_ready",): stats.compiles_before_ready, ("after_ready",): stats.compiles_after_ready}
+        yield _counter("octavo_kernel_compiles", "Triton kernels compiled; none should be after.", compiles, "when")
         yield _gauge(
             "octavo_step_busy_seconds", "How long the present step has been running.", {(): stats.busy_seconds}
         )

@@ -22,7 +22,9 @@ INFO = EngineInfo(
     64, 8, True, "cpu", "float32",
 )  # fmt: skip
 EACH = VariantStats(100, 2.0, 50, 4.0, 1, 90, 30, 2, 3)
-STATS = EngineStats(7, 0.0, 64, 16, 8, {"bf16": EACH, "int8-row": EACH}, step_seconds=9.5, graph_replays=4)
+STATS = EngineStats(
+    7, 0.0, 64, 16, 8, {"bf16": EACH, "int8-row": EACH}, step_seconds=9.5, graph_replays=4, compiles_before_ready=30
+)
 PEERS_NAMES = {
     "gauge": ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"),
     "counter": ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries",
@@ -131,6 +133,8 @@ def test_every_name_that_boards_for_vllm_ask_for_is_there_from_the_start():
     assert value(samples, "octavo_steps_total") == 7
     assert value(samples, "octavo_step_seconds_total") == 9.5
     assert value(samples, "octavo_graph_replays_total") == 4
+    compiles = [value(samples, "octavo_kernel_compiles_total", when=w) for w in ("before_ready", "after_ready")]
+    assert compiles == [30, 0]
     assert value(samples, "octavo_kv_blocks", state="free") == 40
     assert [f.name for f in text_string_to_metric_families(Page("1", "m", ()).render(None).decode())] == [
         "octavo_build_info",

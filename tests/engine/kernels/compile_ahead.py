@@ -29,6 +29,7 @@ from engine.kernels import (
     matmul,
     paged_attention,
     plan_tiles,
+    ranking,
     rope,
     sample,
 )
@@ -78,7 +79,10 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     fused.silu_mul(x)
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     for thresholds in (None, floats):
-        sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, ints, ints, ints, 151669)
+        for top_p in (None, floats):
+            sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, top_p, ints, ints, ints, 151669)
+    for k in (0, 5, 20, 64):
+        ranking.survey(torch.zeros(2, 151936, dtype=dtype), k, 151669)
     multiply(capability, dtype)
     eight_bit = [torch.int8, torch.float8_e4m3fn]
     attend(16, 8, 128, dtype, [dtype, *eight_bit], qk_norm=True)  # Qwen3-0.6B and 1.7B
