@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine import sampling
+from engine import kernels, sampling
 from engine.kernels import AttentionPlan, plan_tiles
 from engine.models.qwen import Batch
 from engine.scheduler import Scheduled
@@ -78,16 +78,14 @@ def decode_batch(rows: Tensor, contexts: Tensor, tables: Tables, block_size: int
     rows [N] int32; contexts [N] int32, the token of this step included; 0 marks padding, which stores nothing.
     """
     num, max_len = rows.shape[0], tables.tokens.shape[1] - 1
-    row, positions = rows.long(), (contexts - 1).clamp(min=0)
-    where = positions.long()
-    slots = tables.blocks[row, where // block_size] * block_size + positions % block_size
+    token_ids, positions, slots = kernels.decode_inputs(rows, contexts, tables.tokens, tables.blocks, block_size)
     starts = torch.arange(num + 1, dtype=torch.int32, device=rows.device)
     ones, longest = np.ones(num, dtype=np.int32), np.full(num, max_len, dtype=np.int32)
     tiles = rows.new_empty((0, 2))
     return Batch(
-        token_ids=tables.tokens[row, where],
+        token_ids=token_ids,
         positions=positions,
-        slots=torch.where(contexts > 0, slots, -1),
+        slots=slots,
         block_tables=tables.blocks,
         plan=AttentionPlan(rows, starts, contexts, ones, longest, num, tiles),
     )

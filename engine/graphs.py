@@ -32,6 +32,11 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 
 WARM_UP_RUNS = 2  # before a capture: libraries allocate workspaces and compile on the first call
 
 
+def decode_sizes(max_size: int) -> list[int]:
+    """The batch sizes that are captured for up to `max_size` sequences."""
+    return [s for s in SIZES if s < max_size] + [max_size] if max_size else []
+
+
 class DecodeGraphs:
     """Captured decode steps of every variant for up to `max_size` sequences."""
 
@@ -47,7 +52,7 @@ class DecodeGraphs:
         self.models, self.tables, self.kv = models, tables, kv
         self.block_sizes, self.num_ids = block_sizes, num_ids
         self.device = tables.tokens.device
-        self.sizes = [s for s in SIZES if s < max_size] + [max_size] if max_size else []
+        self.sizes = decode_sizes(max_size)
         embedding = next(iter(models.values())).embedding  # [V, H]
         self.logits = embedding.new_zeros(max_size, embedding.shape[0])
         spare = tables.tokens.shape[0] - 1

@@ -13,15 +13,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from engine.kernels import chip
 
 _SILU_BLOCK = 1024
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, weight, out, total, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def rms_norm_kernel(
+    x, residual, weight, out, total, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * H
     offset = tl.arange(0, BLOCK)
     mask = offset < H
+    gain = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     value = tl.load(x + row + offset, mask=mask, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
     if ADD:
@@ -31,12 +40,20 @@ def rms_norm_kernel(x, residual, weight, out, total, eps, H: tl.constexpr, BLOCK
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / H + eps)
     normed = (value * scale).to(dtype).to(tl.float32)
-    gain = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row + offset, (gain * normed).to(dtype), mask=mask)
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741 (the legend's letter)
+def silu_mul_kernel(
+    gate_up,
+    out,
+    I: tl.constexpr,  # noqa: E741 (the legend's letter)
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < I
@@ -72,7 +89,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(num_tokens, width // 2)
     if num_tokens:
         grid = (num_tokens, triton.cdiv(width // 2, _SILU_BLOCK))
-        silu_mul_kernel[grid](gate_up, out, I=width // 2, BLOCK=_SILU_BLOCK)
+        silu_mul_kernel[grid](gate_up, out, I=width // 2, BLOCK=_SILU_BLOCK, **chip.dependent_launch(gate_up.device))
     return out
 
 
@@ -89,5 +106,15 @@ def _launch_norm(
         block = triton.next_power_of_2(width)
         warps = min(max(block // 512, 1), 8)
         rms_norm_kernel[(num_tokens,)](
-            x, residual, weight, out, total, eps, H=width, BLOCK=block, ADD=add, num_warps=warps
+            x,
+            residual,
+            weight,
+            out,
+            total,
+            eps,
+            H=width,
+            BLOCK=block,
+            ADD=add,
+            num_warps=warps,
+            **chip.dependent_launch(x.device),
         )

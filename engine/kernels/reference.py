@@ -18,6 +18,15 @@ SMALLEST_KV = 1e-30  # of a head's largest magnitude: keeps the scale of zeros a
 _PREFILL_CHUNK = 512  # queries per call of SDPA: bounds the mask and skips most of what causality hides
 
 
+def decode_inputs(
+    rows: Tensor, contexts: Tensor, tokens: Tensor, blocks: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    row, positions = rows.long(), (contexts - 1).clamp(min=0)
+    where = positions.long()
+    slots = blocks[row, where // block_size] * block_size + positions % block_size
+    return tokens[row, where], positions, torch.where(contexts > 0, slots, -1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -13,12 +13,23 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import PREFILL_TILE, fused, paged_attention, ranking, reference, rope, sample
+from engine.kernels import PREFILL_TILE, fused, inputs, paged_attention, ranking, reference, rope, sample
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
 FP32_TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 BF16_TOLERANCE = {"atol": 2e-2, "rtol": 2e-2}  # a few roundings of eight bits; the interpreter's truncate
+
+
+def test_decode_inputs():
+    """More sequences than one program takes; padding, contexts at both ends of a block."""
+    rows = torch.arange(130, dtype=torch.int32).flip(0) % 7
+    contexts = torch.arange(130, dtype=torch.int32) % 50
+    tokens = torch.randint(0, 1000, (7, 51), dtype=torch.int32)
+    blocks = torch.randint(0, 1000, (7, 4), dtype=torch.int32)
+    got = inputs.decode_inputs(rows, contexts, tokens, blocks, 16)
+    for a, b in zip(got, reference.decode_inputs(rows, contexts, tokens, blocks, 16), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

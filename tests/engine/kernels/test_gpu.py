@@ -97,6 +97,17 @@ def test_pools_beyond_two_to_the_31_elements(paged_batch):
     assert torch.equal(v[far, :num_tokens].flatten(1), qkv[:, 24 * 128 :])
 
 
+@pytest.mark.parametrize("num", [1, 130, 512])
+def test_decode_inputs(num):
+    rows, contexts = torch.randint(0, 7, (2, num), dtype=torch.int32, device="cuda")
+    contexts *= 8
+    tokens, blocks = torch.randint(0, 1 << 30, (2, 7, 64), dtype=torch.int32, device="cuda")
+    with never_waiting():
+        got = kernels.decode_inputs(rows, contexts, tokens, blocks, 16)
+    for a, b in zip(got, reference.decode_inputs(rows, contexts, tokens, blocks, 16), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
 @pytest.mark.parametrize("model", LINEARS)
 def test_norms_and_silu(model, num_tokens):
