@@ -45,6 +45,7 @@ PEERS_NAMES = {
 
 FREE = ("version", "device", "dtype", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching")
 ALLOWED = {
+    "when": {"before_ready", "after_ready"},
     "endpoint": {*ENDPOINTS.values(), "other"},
     "variant": {"", "bf16", "int8-row"},
     "model_name": {"pocket:bf16", "pocket:int8-row"},
