@@ -20,7 +20,7 @@ import torch
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
-from engine.kernels import compiles
+from engine.kernels import chip, compiles
 from engine.messages import (
     STEP_BOUNDS,
     AddRequest,
@@ -68,6 +68,8 @@ class Engine:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         known = count_token_ids(config.model)
+        if config.kernels_for:
+            chip.choose_as(config.kernels_for)
         self._compiled = compiles.watch() if pick_device(config.device).type == "cuda" else []
         compiled_elsewhere = len(self._compiled)
         self.num_ids = min(known or model_config.vocab_size, model_config.vocab_size)

@@ -21,6 +21,7 @@ from engine.benchmarks import machine, measure, twins, works
 from engine.benchmarks.twins import Check
 from engine.config import load_model_config
 from engine.dry_run import plan_text
+from engine.kernels import chip
 from engine.llm import LLM
 from engine.quant.formats import parse_format
 from engine.runner import pick_device
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
 def supported(names: list[str], device: torch.device) -> tuple[list[str], list[str]]:
     """Canonical names: of what this device can multiply, and of the rest."""
     formats = [parse_format(name) for name in names]
-    fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    fp8 = device.type != "cuda" or chip.capability(device) >= (8, 9)
     lacking = [f.name for f in formats if f.activation == "float8_e4m3fn" and not fp8]
     return [f.name for f in formats if f.name not in lacking], lacking
 

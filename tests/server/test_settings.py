@@ -15,6 +15,7 @@ FLAGS = {
     "--dtype",
     "--device",
     "--load-format",
+    "--kernels-for",
     "--max-model-len",
     "--max-num-seqs",
     "--max-num-batched-tokens",
