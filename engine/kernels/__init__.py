@@ -265,13 +265,17 @@ def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor
     return reference.survey(logits, k, num_ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours.
+
+    out: [M, N], contiguous; where it is given, the result is written there.
+    """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.linear(x, weight, bias)
-    return reference.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias, out)
+    product = reference.linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
 
 
 def weight_only_matmul(

@@ -99,6 +99,7 @@ def gemv(
     group_size: int = 0,
     *,
     gated: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x[1, K] @ w[N, K].T -> [1, N]: `linear` where scale is None, else `weight_only_matmul`; gated: `silu_mul` of it,
     [1, N / 2].
@@ -110,7 +111,8 @@ def gemv(
     if gated:
         assert width % 2 == 0
         width, block_n = width // 2, 2 * block_n
-    out = x.new_empty(1, width)
+    if out is None:
+        out = x.new_empty(1, width)
     tiles = triton.cdiv(width, block_n // 2 if gated else block_n)
     gemv_kernel[(min(tiles, PROGRAMS * chip.num_sms(x.device)),)](
         x,
