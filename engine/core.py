@@ -71,7 +71,9 @@ class Engine:
         if config.kernels_for:
             chip.choose_as(config.kernels_for)
         self._compiled = compiles.watch() if pick_device(config.device).type == "cuda" else []
-        compiled_elsewhere = len(self._compiled)
+        self._compiles_seen = len(self._compiled)  # the rest of them are this engine's
+        self.compiles_before_ready = 0
+        self.compiled_after_ready: list[str] = []  # names of Triton kernels; each made a step wait
         self.num_ids = min(known or model_config.vocab_size, model_config.vocab_size)
         self.runner = Runner(config, model_config, self.num_ids)
         self.eos_token_ids = frozenset(i for i in model_config.eos_token_ids if i < self.num_ids)
@@ -91,10 +93,9 @@ class Engine:
         self.step_buckets = [0] * (len(STEP_BOUNDS) + 1)
         self.step_started: float | None = None
         self._flights: deque[Flight] = deque()
-        self._ready_at = self._warned_at = len(self._compiled)
-        self.compiles_before_ready = self._ready_at - compiled_elsewhere
         self._last_done = 0.0
         self._last_batch: PhaseTimer | None = None  # None when the device had nothing to do since
+        self.note_compiles(before_ready=True)
 
     @property
     def info(self) -> EngineInfo:
@@ -114,11 +115,6 @@ class Engine:
             device=str(self.runner.device),
             dtype=str(self.runner.dtype).removeprefix("torch."),
         )
-
-    @property
-    def compiled_after_ready(self) -> list[str]:
-        """Names of the Triton kernels that had to be compiled while serving; each made a step wait."""
-        return self._compiled[self._ready_at :]
 
     @property
     def has_work(self) -> bool:
@@ -174,11 +170,18 @@ class Engine:
             for share in flight.variants:
                 self._take(share, result)
             self._count_step(flight)
-        if len(self._compiled) > self._warned_at:
-            late, self._warned_at = self._compiled[self._warned_at :], len(self._compiled)
-            log.warning("a step waited for the compiler: %s", ", ".join(late))
+        self.note_compiles(before_ready=False)
         self.step_started = None
         return result
+
+    def note_compiles(self, before_ready: bool) -> None:
+        """Count the Triton kernels compiled since the last call. before_ready: nothing served waited for them."""
+        new, self._compiles_seen = self._compiled[self._compiles_seen :], len(self._compiled)
+        if before_ready:
+            self.compiles_before_ready += len(new)
+        elif new:
+            self.compiled_after_ready += new
+            log.warning("a step waited for the compiler: %s", ", ".join(new))
 
     def stats(self) -> EngineStats:
         """A snapshot; safe to call from another thread, whose numbers may then be a step apart."""
