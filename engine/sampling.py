@@ -134,7 +134,7 @@ def warm_up(logits: Tensor, floats: Tensor, ints: Tensor, token_table: Tensor, n
     rows = torch.full((1,), floats.shape[0] - 1, device=logits.device)  # the spare one
     positions = torch.zeros(1, dtype=torch.int32, device=logits.device)
     for edits, penalised in (([], []), ([(0, 0, 0.0)], [0])):
-        for width in (0, 1, 9, 33, 65):
+        for width in (0, 1, 33, 65):
             for nucleus in (False, True):
                 plan = SamplingPlan(width, nucleus, penalised, len(penalised), edits, width if width < 21 else -1)
                 sample(logits, rows, positions, floats, ints, token_table, num_ids, plan)

@@ -23,7 +23,7 @@ LARGEST_K = 64  # more are the library's to select
 
 _SLICE = 4096  # ids of one program
 _GROUP = 64
-_WIDTHS = (8, 32, LARGEST_K)  # how many are selected: few versions of the kernel
+_WIDTHS = (32, LARGEST_K)  # how many are selected: few versions of the kernel
 
 
 @triton.jit

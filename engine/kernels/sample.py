@@ -69,7 +69,7 @@ def _is_open(above, limits, row, num_parts, MAX_PARTS: tl.constexpr):
     return tl.sum(tl.load(above + row * num_parts + part, mask=part < num_parts, other=0.0)) >= tl.load(limits + row)
 
 
-@triton.jit(do_not_specialize=["num_ids"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(do_not_specialize=["num_ids", "round_"], do_not_specialize_on_alignment=["positions"])
 def draw_kernel(
     logits,
     temperature,
@@ -86,20 +86,22 @@ def draw_kernel(
     pivots,
     num_ids,
     stride,
+    round_,
     FILTER: tl.constexpr,
     NUCLEUS: tl.constexpr,
-    AGAIN: tl.constexpr,
     SLICE: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
     """best, best_id [B, parts]: the best of each slice of a row. NUCLEUS: also each slice's largest logit and the mass
-    relative to it. AGAIN: of the open rows only, among ids above the pivot.
+    relative to it; after round 0, of the open rows only, among ids above the pivot.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     wanted = True
-    if AGAIN:
-        wanted = _is_open(above, limits, row, tl.num_programs(1), MAX_PARTS)
+    if NUCLEUS:
+        wanted = round_ == 0
+        if round_ > 0:
+            wanted = _is_open(above, limits, row, tl.num_programs(1), MAX_PARTS)
     if wanted:
         ids = part * SLICE + tl.arange(0, SLICE)
         logit = tl.load(logits + row * stride + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
@@ -110,19 +112,20 @@ def draw_kernel(
             score = _drawn(logit, ids, t, _noise_key(seed_low, seed_high, positions, row))
             if FILTER:
                 score = tl.where(logit < tl.load(thresholds + row), float("-inf"), score)
-            if AGAIN:
-                score = tl.where(logit > tl.load(pivots + row), score, float("-inf"))
-            if NUCLEUS and not AGAIN:
-                peak = tl.max(logit, axis=0)
-                finite = tl.where(peak == float("-inf"), 0.0, peak)
-                tl.store(peaks + at, peak)
-                tl.store(masses + at, tl.sum(tl.exp((logit - finite) / tl.maximum(t, 1e-5)), axis=0))
+            if NUCLEUS:
+                if round_ > 0:
+                    score = tl.where(logit > tl.load(pivots + row), score, float("-inf"))
+                else:
+                    peak = tl.max(logit, axis=0)
+                    finite = tl.where(peak == float("-inf"), 0.0, peak)
+                    tl.store(peaks + at, peak)
+                    tl.store(masses + at, tl.sum(tl.exp((logit - finite) / tl.maximum(t, 1e-5)), axis=0))
         value, index = tl.max(score, axis=0, return_indices=True)
         tl.store(best + at, value)
         tl.store(best_id + at, part * SLICE + index)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts", "round_"])
 def join_kernel(
     logits,
     temperature,
@@ -138,8 +141,8 @@ def join_kernel(
     out,
     num_parts,
     stride,
+    round_,
     NUCLEUS: tl.constexpr,
-    AGAIN: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
     """out[B] int64: the id of the best slice of each row. NUCLEUS: its logit is the row's pivot; the row's largest
@@ -147,8 +150,10 @@ def join_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     wanted = True
-    if AGAIN:
-        wanted = _is_open(above, limits, row, num_parts, MAX_PARTS)
+    if NUCLEUS:
+        wanted = round_ == 0
+        if round_ > 0:
+            wanted = _is_open(above, limits, row, num_parts, MAX_PARTS)
     if wanted:
         part = tl.arange(0, MAX_PARTS)
         value = tl.load(best + row * num_parts + part, mask=part < num_parts, other=float("-inf"))
@@ -156,7 +161,7 @@ def join_kernel(
         tl.store(out + row, winner)
         if NUCLEUS:
             tl.store(pivots + row, tl.load(logits + row * stride + winner).to(tl.float32))
-            if not AGAIN:
+            if round_ == 0:
                 t, p = tl.load(temperature + row), tl.load(top_p + row)
                 limit, row_peak = float("inf"), 0.0
                 if (t > 0) & (p < 1):
@@ -168,7 +173,7 @@ def join_kernel(
                 tl.store(limits + row, limit)
 
 
-@triton.jit(do_not_specialize=["num_ids"])
+@triton.jit(do_not_specialize=["num_ids", "round_"])
 def above_kernel(
     logits,
     temperature,
@@ -179,7 +184,7 @@ def above_kernel(
     above,
     num_ids,
     stride,
-    AGAIN: tl.constexpr,
+    round_,
     SLICE: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
@@ -188,11 +193,10 @@ def above_kernel(
     part = tl.program_id(1)
     at = row * tl.num_programs(1) + part
     mass = 0.0
-    if AGAIN:
+    wanted = tl.load(limits + row) < float("inf")
+    if round_ > 0:
         wanted = _is_open(before, limits, row, tl.num_programs(1), MAX_PARTS)
         mass = tl.load(before + at)
-    else:
-        wanted = tl.load(limits + row) < float("inf")
     if wanted:
         ids = part * SLICE + tl.arange(0, SLICE)
         logit = tl.load(logits + row * stride + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
@@ -289,27 +293,24 @@ def draw(
     noise = (seed_low, seed_high, positions)
     slices = {"SLICE": _SLICE, "MAX_PARTS": triton.next_power_of_2(parts), "num_warps": 8}
     for i in range(ROUNDS if nucleus else 1):
-        again, last = i > 0, above[max(i - 1, 0)]
+        last = above[max(i - 1, 0)]
         draw_kernel[grid](
             *(logits, temperature, thresholds, *noise, best, best_id, peaks, masses, last, limits, pivots),
-            *(num_ids, stride),
+            *(num_ids, stride, i),
             FILTER=thresholds is not None,
             NUCLEUS=nucleus,
-            AGAIN=again,
             **slices,
         )
         join_kernel[(num_rows,)](
             *(logits, temperature, top_p, best, best_id, peaks, masses, last, row_peaks, limits, pivots, out),
-            *(parts, stride),
+            *(parts, stride, i),
             NUCLEUS=nucleus,
-            AGAIN=again,
             MAX_PARTS=slices["MAX_PARTS"],
             num_warps=1,
         )
         if nucleus:
             above_kernel[grid](
-                *(logits, temperature, row_peaks, limits, pivots, last, above[i], num_ids, stride),
-                AGAIN=again,
+                *(logits, temperature, row_peaks, limits, pivots, last, above[i], num_ids, stride, i),
                 **slices,
             )
     if nucleus:

@@ -54,8 +54,11 @@ def test_each_new_version_of_a_kernel_is_noted_once(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nothing_is_compiled_after_ready(tmp_path: Path) -> None:
-    done = run(str(HERE / "serve_everything.py"), str(tmp_path))
+@pytest.mark.parametrize(
+    "variants", ["bf16,bf16+kv8", "int8-row,fp8-g128+kvint8", "w8a8-int8-row", "w8a8-fp8-row,w8a8-fp8-block"]
+)
+def test_nothing_is_compiled_after_ready(variants: str, tmp_path: Path) -> None:
+    done = run(str(HERE / "serve_everything.py"), str(tmp_path), variants)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["before"] > 0 and found["after"] == []
