@@ -22,6 +22,7 @@ FLAGS = {
     "--dtype",
     "--device",
     "--load-format",
+    "--kernels-for",
     "--max-model-len",
     "--max-num-seqs",
     "--max-num-batched-tokens",

@@ -55,6 +55,8 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, ahead: Wait):
         "rms_norm_kernel",
         "rope_and_store_kernel",
         "silu_mul_kernel",
+        "settle_kernel",
+        "pick_kernel",
         "silu_mul_quantize_kernel",
         "widen_kernel",
     }
