@@ -63,6 +63,18 @@ class SyncOctavoClient:
         """The text of ids."""
         return self._runner.run(self._client.detokenize(tokens))
 
+    def metrics(self) -> str:
+        """The page for Prometheus."""
+        return self._runner.run(self._client.metrics())
+
+    def load_variant(self, name: str) -> JSON:
+        """POST /v1/variants."""
+        return self._runner.run(self._client.load_variant(name))
+
+    def drop_variant(self, name: str) -> None:
+        """DELETE /v1/variants/{name}."""
+        self._runner.run(self._client.drop_variant(name))
+
     def _chunks(self, stream: AsyncGenerator[JSON]) -> Generator[JSON]:
         async def following() -> JSON | None:
             return await anext(stream, None)

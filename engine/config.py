@@ -61,7 +61,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: of one block and of the whole KV pool, in tokens of the computing dtype (an 8-bit cache fits two or
     four for one); 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched before
     the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU, decode steps are captured at
-    start and replayed. num_threads: of torch on a CPU; 0 is torch's own.
+    start and replayed. num_threads: of torch on a CPU; 0 is torch's own. variant_headroom: bytes kept free of the KV
+    pool for variants that are added while serving.
     """
 
     model: str
@@ -76,6 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_cache_tokens: int = 0
     gpu_memory_utilization: float = 0.85
+    variant_headroom: int = 0
     enable_prefix_caching: bool = True
     overlap: bool | None = None
     cuda_graphs: bool = True

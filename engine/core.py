@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import torch
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
 from engine.messages import (
+    STEP_BOUNDS,
     AddRequest,
     EngineInfo,
     EngineStats,
@@ -31,7 +33,7 @@ from engine.messages import (
     unpack_ids,
 )
 from engine.phases import PhaseClock
-from engine.runner import Flight, Runner, VariantFlight, pick_device
+from engine.runner import Flight, PhaseTimer, Runner, VariantFlight, pick_device
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.weights import count_token_ids
@@ -57,7 +59,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         model_config = load_model_config(config.model)
-        self.config = config = complete(config, model_config)
+        on_gpu = pick_device(config.device).type == "cuda"
+        self.config = config = complete(config, model_config, on_gpu)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         known = count_token_ids(config.model)
@@ -76,9 +79,12 @@ class Engine:
         self.sequences: dict[int, Sequence] = {}
         self.phases = {name: PhaseClock() for name in names}
         self.num_steps = 0
-        self.step_seconds = 0.0
+        self.step_seconds = self.wait_seconds = 0.0  # as in EngineStats
+        self.step_buckets = [0] * (len(STEP_BOUNDS) + 1)
         self.step_started: float | None = None
         self._flights: deque[Flight] = deque()
+        self._last_done = 0.0
+        self._last_batch: PhaseTimer | None = None  # None when the device had nothing to do since
 
     @property
     def info(self) -> EngineInfo:
@@ -106,6 +112,8 @@ class Engine:
     def add(self, request: AddRequest) -> None:
         """Queue a request's n sequences. It has been validated by `sequence.check_params`."""
         prompt, params, now = unpack_ids(request.prompt), request.params, time.monotonic()
+        if not self.has_work:
+            self._last_batch = None
         first_seed = secrets.randbits(63) if params.seed is None else params.seed
         for i in range(params.n):
             sequence = Sequence(
@@ -150,7 +158,7 @@ class Engine:
             flight.wait()
             for share in flight.variants:
                 self._take(share, result)
-        self.step_seconds += time.monotonic() - self.step_started
+            self._count_step(flight)
         self.step_started = None
         return result
 
@@ -170,18 +178,19 @@ class Engine:
                 counters.prefix_queries,
                 counters.prefix_hits,
                 running,
-                len(self.scheduler.waiting[name]),
+                self.scheduler.waits(name),
             )
         busy = time.monotonic() - started if started is not None else 0.0
         used, cached = self.blocks.num_used, self.blocks.num_cached
         return EngineStats(
-            steps=self.num_steps,
             busy_seconds=busy,
             blocks_total=self.blocks.num_blocks,
             blocks_used=used,
             blocks_cached=cached,
             variants=variants,
+            step_buckets=list(self.step_buckets),
             step_seconds=self.step_seconds,
+            wait_seconds=self.wait_seconds,
             graph_replays=self.runner.num_replays,
         )
 
@@ -189,6 +198,9 @@ class Engine:
 
     def _take(self, share: VariantFlight, result: StepResult) -> None:
         """Bring one variant's results of a finished step into the host's books."""
+        if self._last_batch is not None:
+            self.wait_seconds += max(0.0, share.clock.seconds_since(self._last_batch))
+        self._last_batch = share.clock
         self.phases[share.variant].add(share.num_prefill_tokens, share.num_decode_tokens, share.clock.seconds())
         self._take_prompt_logprobs(share, result)
         tokens = share.tokens.tolist()
@@ -213,6 +225,14 @@ class Engine:
             if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
                 self._start(sequence, result)
                 self._finish(sequence, "length", result)
+
+    def _count_step(self, flight: Flight) -> None:
+        """A step lasts from its launch, or from the end of the one before if that came later, until its results."""
+        now = time.monotonic()
+        seconds = now - max(flight.launched, self._last_done)
+        self._last_done = now
+        self.step_seconds += seconds
+        self.step_buckets[bisect_left(STEP_BOUNDS, seconds)] += 1
 
     def _finish_if_done(self, sequence: Sequence, token: int, result: StepResult) -> None:
         generated = len(sequence.token_ids) - sequence.prompt_len
@@ -261,7 +281,7 @@ def _pick_logprobs(sequence: Sequence, ids: list[int], values: list[float], num_
     return Logprobs(ids[top] + ids[named], values[top] + values[named])
 
 
-def complete(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
+def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> EngineConfig:
     """The configuration with every default that depends on the machine or the checkpoint filled in."""
     if not config.variants:
         raise ModelError("variants must name at least one variant")
@@ -271,7 +291,6 @@ def complete(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
-    on_gpu = pick_device(config.device).type == "cuda"
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     return msgspec.structs.replace(
         config,

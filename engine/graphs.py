@@ -32,6 +32,11 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 
 WARM_UP_RUNS = 2  # before a capture: libraries allocate workspaces and compile on the first call
 
 
+def decode_sizes(max_size: int) -> list[int]:
+    """The batch sizes that are captured for up to `max_size` sequences."""
+    return [s for s in SIZES if s < max_size] + [max_size] if max_size else []
+
+
 class DecodeGraphs:
     """Captured decode steps of every variant for up to `max_size` sequences."""
 
@@ -47,7 +52,7 @@ class DecodeGraphs:
         self.models, self.tables, self.kv = models, tables, kv
         self.block_sizes, self.num_ids = block_sizes, num_ids
         self.device = tables.tokens.device
-        self.sizes = [s for s in SIZES if s < max_size] + [max_size] if max_size else []
+        self.sizes = decode_sizes(max_size)
         embedding = next(iter(models.values())).embedding  # [V, H]
         self.logits = embedding.new_zeros(max_size, embedding.shape[0])
         spare = tables.tokens.shape[0] - 1
@@ -93,7 +98,7 @@ class DecodeGraphs:
     def _run_forward(self, variant: str, size: int) -> None:
         model = self.models[variant]
         batch = decode_batch(self._inputs[0, :size], self._inputs[1, :size], self.tables, self.block_sizes[variant])
-        self.logits[:size].copy_(model.logits(model.forward(batch, self.kv[variant])))
+        model.logits(model.forward(batch, self.kv[variant]), self.logits[:size])
 
     def _run_draw(self, size: int) -> None:
         rows, contexts, t = self._inputs[0, :size].long(), self._inputs[1, :size], self.tables

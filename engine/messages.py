@@ -24,6 +24,14 @@ ENGINE_ENDPOINT = "engine"
 REPORT_ENDPOINT = "report"
 STATUS_ENDPOINT = "status"
 
+# why a sequence waits: no room in the KV pool, the step's token budget is spent, the batch has max_num_seqs
+WAIT_REASONS = ("blocks", "budget", "rows")
+# upper bounds in seconds of the buckets of `EngineStats.step_buckets`, which has one more for what is longer
+STEP_BOUNDS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2),
+    *(0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+
 
 def pack_ids(ids: list[int]) -> bytes:
     """Token ids as native 32-bit integers: a tenth of the cost of a msgpack list."""
@@ -156,7 +164,10 @@ class EngineInfo(msgspec.Struct, array_like=True):
 
 
 class VariantStats(msgspec.Struct, array_like=True):
-    """Running totals of one variant since the engine started, and two gauges. Seconds are device time."""
+    """Running totals of one variant since the engine started, and two gauges. Seconds are device time.
+
+    waiting: sequences by reason, one of WAIT_REASONS.
+    """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -166,23 +177,24 @@ class VariantStats(msgspec.Struct, array_like=True):
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # prompt tokens found
     running: int = 0
-    waiting: int = 0
+    waiting: dict[str, int] = {}
 
 
 class EngineStats(msgspec.Struct, array_like=True):
     """The engine at one moment. busy_seconds: how long the present step has been running (0 when idle).
 
-    step_seconds: wall time of all steps so far; what of it is not the variants' device time, the device waited for the
-    host. graph_replays: batches that ran through a CUDA graph.
+    step_buckets: finished steps by their wall time (STEP_BOUNDS), which step_seconds sums up. wait_seconds: what of it
+    the device stood idle between two batches, waiting for the host. graph_replays: batches through a CUDA graph.
     """
 
-    steps: int
     busy_seconds: float
     blocks_total: int
     blocks_used: int  # referenced by a sequence
     blocks_cached: int  # free, but holding a reusable prefix
     variants: dict[str, VariantStats]
+    step_buckets: list[int]
     step_seconds: float = 0.0
+    wait_seconds: float = 0.0
     graph_replays: int = 0
 
 

@@ -99,6 +99,12 @@ class Layout:
         return vector.numpy()
 
 
+def mixed_layouts(max_num_seqs: int, max_len: int) -> list[Layout]:
+    """The layouts that are captured for up to so many sequences of up to `max_len` tokens."""
+    decodes = [d for d in DECODES if d < max_num_seqs] + [min(max_num_seqs, DECODES[-1])]
+    return [Layout(d, t) for d in decodes for t in TOKENS if t <= max_len]
+
+
 class MixedGraphs:
     """Captured forwards of every variant for each `Layout`."""
 
@@ -107,8 +113,7 @@ class MixedGraphs:
     ) -> None:
         self.models, self.tables, self.kv, self.block_sizes = models, tables, kv, block_sizes
         self._spare = tables.tokens.shape[0] - 1
-        decodes = [d for d in DECODES if d < self._spare] + [min(self._spare, DECODES[-1])]
-        self.layouts = [Layout(d, t) for d in decodes for t in TOKENS if t < tables.tokens.shape[1]]
+        self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1)
         largest = max(self.layouts, key=lambda x: x.length, default=Layout(0, 0))
         device = tables.tokens.device
         self._vector = torch.from_numpy(largest.pack([], self._spare)).to(device)

@@ -16,21 +16,20 @@ from torch import Tensor
 from engine.batch import Assembled, Tables, assemble, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
-from engine.kv_pool import KVPool, bytes_per_block, tokens_per_block
+from engine.kv_pool import KVPool, tokens_per_block
+from engine.memory import MAX_GRAPH_SIZE, PROMPT_LOGPROB_ROWS, DeviceMemory, MemoryPlan, plan_memory, planned_weights
 from engine.mixed_graphs import MixedGraphs
 from engine.models.qwen import Qwen
 from engine.quant.formats import Format, parse_format
+from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.variants import Variant, build_variants
 from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
-from engine.weights import DummyCheckpoint, SafetensorsCheckpoint
+from engine.weights import DummyCheckpoint, SafetensorsCheckpoint, open_checkpoint
 
-MAX_GRAPH_SIZE = 512  # sequences; larger decode batches run without a graph
-CPU_KV_BYTES = 1 << 30  # the pool's default size on a CPU
 WARM_UP_ROWS = (5, 40, 300)
-PROMPT_LOGPROB_ROWS = 256  # prompt positions that go through the head at one time
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Flight:
 
     variants: list[VariantFlight]
     failed: list[Sequence]  # the device had no memory for them
+    launched: float = field(default_factory=time.monotonic)
 
     def wait(self) -> None:
         for flight in self.variants:
@@ -98,6 +98,12 @@ class PhaseTimer:
             return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._end - self._start
 
+    def seconds_since(self, earlier: PhaseTimer) -> float:
+        """From an earlier timer's stop to this one's construction: the device had nothing to do."""
+        if self._events and earlier._events:
+            return float(earlier._events[1].elapsed_time(self._events[0])) / 1e3
+        return self._start - earlier._end
+
 
 class Runner:
     """Loads the variants and owns all device memory."""
@@ -112,21 +118,19 @@ class Runner:
             torch.cuda.set_device(self.device)
         formats = [parse_format(name) for name in config.variants]
         max_len = config.max_model_len or model_config.max_position_embeddings
+        if self.device.type == "cuda":  # sooner than by running out of memory
+            self._allocated_before = torch.cuda.memory_allocated(self.device)
+            self._plan(formats, self._planned_weights(formats))
         self.variants = self._load(formats, max_len)
         kvs = {f.kv for f in formats}
         self.block_sizes = {f.name: tokens_per_block(config.block_size, self.dtype, f.kv) for f in formats}
-        block_size = min(self.block_sizes.values())
-        self.num_blocks = self._pool_blocks(config.max_num_batched_tokens, max_len, kvs, block_size)
-        self.max_model_len = min(max_len, self.num_blocks * block_size)
-        if config.max_model_len > self.max_model_len:
-            raise ModelError(
-                f"max_model_len {config.max_model_len} does not fit the KV pool of "
-                f"{self.num_blocks * block_size} tokens; lower it or enlarge the pool"
-            )
+        self.plan = self._plan(formats, count_bytes({name: v.model for name, v in self.variants.items()}))
+        self.num_blocks, self.max_model_len = self.plan.num_blocks, self.plan.max_model_len
         self.pool = KVPool(model_config, self.num_blocks, config.block_size, self.dtype, kvs, self.device)
         caches = {kv: self.pool.caches(kv) for kv in kvs}
         self.kv = {f.name: caches[f.kv] for f in formats}
-        self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, block_size, self.device)
+        # wide enough for the variant with the smallest blocks, which may yet come
+        self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
         self.num_replays = 0  # batches that ran through a graph
@@ -154,34 +158,26 @@ class Runner:
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
-        c = self.model_config
-        if self.config.load_format == "dummy":
-            with DummyCheckpoint(c, self.dtype, self.device) as dummy:
-                return build_variants(c, dummy, formats, max_len, self.device, self.dtype)
-        with SafetensorsCheckpoint(self.config.model) as checkpoint:
-            return build_variants(c, checkpoint, formats, max_len, self.device, self.dtype)
+        with self._checkpoint() as checkpoint:
+            return build_variants(self.model_config, checkpoint, formats, max_len, self.device, self.dtype)
 
-    def _pool_blocks(self, max_batched: int, max_len: int, kvs: set[str | None], size: int) -> int:
-        """Blocks of the KV pool: as configured, or what memory allows. size: tokens that any variant has in a block."""
-        c = self.model_config
-        block_bytes = bytes_per_block(c, self.config.block_size, self.dtype, kvs)
-        if self.config.kv_cache_tokens:
-            return -(-self.config.kv_cache_tokens // self.config.block_size)
-        if self.device.type == "cpu":
-            return max(CPU_KV_BYTES // block_bytes, -(-max_len // size))
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        # The largest tensors of a step: activations of the widest layer, and the logits with their float32 copies.
-        widest = 2 * c.intermediate_size + 6 * c.hidden_size + 2 * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        step = max_batched * widest * self.dtype.itemsize
-        logits = 6 * max(self.config.max_num_seqs, PROMPT_LOGPROB_ROWS) * c.vocab_size * 4
-        room = int(total * self.config.gpu_memory_utilization) - (total - free) - step - logits
-        if room < block_bytes * -(-min(max_len, 1024) // size):
-            raise ModelError(
-                f"the weights leave {room / 2**30:.1f} GiB of {total / 2**30:.1f} GiB for the KV pool: serve fewer "
-                "variants, raise gpu_memory_utilization or lower max_num_seqs"
-            )
-        return room // block_bytes
+    def _checkpoint(self) -> SafetensorsCheckpoint | DummyCheckpoint:
+        c = self.config
+        return open_checkpoint(c.model, c.load_format, self.model_config, self.dtype, self.device)
+
+    def _planned_weights(self, formats: list[Format]) -> WeightBytes:
+        with self._checkpoint() as checkpoint:
+            return planned_weights(self.model_config, checkpoint, formats, self.dtype)
+
+    def _plan(self, formats: list[Format], weights: WeightBytes) -> MemoryPlan:
+        """Size the KV pool for these weights, loaded or yet to be loaded."""
+        memory = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.device)
+            own = torch.cuda.memory_allocated(self.device) - self._allocated_before  # the plan has these by name
+            memory = DeviceMemory(total, used=total - free - own)
+        return plan_memory(self.config, self.model_config, formats, self.dtype, weights, memory)
 
     @torch.inference_mode()
     def launch(

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.config import ModelConfig, ModelError, load_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class SafetensorsCheckpoint:
@@ -47,30 +48,42 @@ class SafetensorsCheckpoint:
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise ModelError(f"{self.folder} lacks {file}, which {INDEX} names") from None
-            except (SafetensorError, OSError) as e:
-                raise ModelError(f"{self.folder / file} is not a whole safetensors file: {e}") from None
+            self._open[file] = self._map(file)
         return self._open[file]
+
+    def _map(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt", device="cpu")
+        except FileNotFoundError:
+            raise ModelError(f"{self.folder} lacks {file}, which {INDEX} names") from None
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"{self.folder / file} is not a whole safetensors file: {e}") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor called `name`, which must have this shape and a floating dtype."""
+        self.shape(name, shape)
+        try:
+            # opened anew: a mapping lives as long as its tensors do, and keeps what was read from it in memory
+            tensor: Tensor = self._map(self.files[name]).get_tensor(name)
+        except SafetensorError as e:
+            raise ModelError(f"{self.folder / self.files[name]}: cannot read {name}: {e}") from None
+        return tensor
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As `load`, from the file's header alone: a tensor on the meta device."""
         if name not in self.files:
             raise ModelError(f"{self.folder} has no tensor {name}")
         try:
-            tensor: Tensor = self._file(self.files[name]).get_tensor(name)
+            header = self._file(self.files[name]).get_slice(name)
         except SafetensorError as e:
             raise ModelError(f"{self.folder / self.files[name]}: cannot read {name}: {e}") from None
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise ModelError(
-                f"{self.folder}: {name} is {tensor.dtype} {list(tensor.shape)}, the config asks for {list(shape)}"
-            )
-        return tensor
+        dtype, found = header.get_dtype(), tuple(header.get_shape())
+        if found != shape or dtype not in _FLOATS:
+            raise ModelError(f"{self.folder}: {name} is {dtype} {list(found)}, the config asks for {list(shape)}")
+        return torch.empty(shape, dtype=_FLOATS[dtype], device="meta")
 
     def identity(self) -> bytes:
         """SHA-256 over the config and every file's name, size and safetensors header: seeds the prefix hashes."""
@@ -109,11 +122,38 @@ class DummyCheckpoint:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device) * 0.02
 
+    def shape(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As `load`, but on the meta device."""
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
     def identity(self) -> bytes:
         return hashlib.sha256(b"dummy" + repr(self.config).encode()).digest()
 
 
-Checkpoint = SafetensorsCheckpoint | DummyCheckpoint
+class ShapeCheckpoint:
+    """Another checkpoint's tensors as shapes on the meta device: what would be loaded, without reading any of it."""
+
+    def __init__(self, whole: SafetensorsCheckpoint | DummyCheckpoint) -> None:
+        self.whole = whole
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.whole
+
+    def load(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.whole.shape(name, shape)
+
+    def identity(self) -> bytes:
+        return self.whole.identity()
+
+
+Checkpoint = SafetensorsCheckpoint | DummyCheckpoint | ShapeCheckpoint
+
+
+def open_checkpoint(
+    folder: str | Path, load_format: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> SafetensorsCheckpoint | DummyCheckpoint:
+    """The checkpoint that `EngineConfig.load_format` names; `dtype` and `device` are of dummies."""
+    return DummyCheckpoint(config, dtype, device) if load_format == "dummy" else SafetensorsCheckpoint(folder)
 
 
 def count_token_ids(folder: str | Path) -> int | None:

@@ -73,6 +73,7 @@ class Envelope:
             logger.exception("request %s failed", request_id, extra={"fields": {"request_id": request_id}})
             if status:
                 raise
+            state["rejected"] = "internal_error"
             await ApiError("internal_error").response(request_id)(scope, receive, send_with_id)
         finally:
             endpoint = ENDPOINTS.get(scope["path"], "other")

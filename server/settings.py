@@ -47,6 +47,7 @@ examples:
   octavo-serve models/pocket --variants bf16,int8-row,fp8-row
   octavo-serve Qwen/Qwen3-1.7B --variants int8-row --port 9000
   octavo-serve models/pocket --host 0.0.0.0 --api-processes 4      with OCTAVO_API_KEY=… in the environment
+  octavo-serve models/pocket --variants bf16,int8-row --dry-run --gpu-memory 24GiB
   octavo-serve a-folder --load-format dummy                        random weights of the right shape, for benchmarks
 """
 
@@ -57,6 +58,24 @@ def _split(value: Any) -> Any:
     if not isinstance(words, list | tuple):
         return value
     return tuple(part.strip() for word in words for part in str(word).split(",") if part.strip())
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate(("K", "M", "G", "T"), 1)
+    for unit, base in (("iB", 1024), ("B", 1000))
+}
+
+
+def _bytes(value: Any) -> Any:
+    """ "24GiB", "500 MB" or a plain number of bytes."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    factor = {name.lower(): size for name, size in _UNITS.items()}.get(found[2].lower()) if found else None
+    if found is None or factor is None:
+        raise ValueError("must be a number of bytes, such as 24GiB or 500MB")
+    return int(float(found[1]) * factor)
 
 
 def _device(value: str) -> str:
@@ -71,6 +90,7 @@ def _served_name(value: str) -> str:
     return value
 
 
+Bytes = Annotated[int, BeforeValidator(_bytes)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -117,6 +137,9 @@ class ServerSettings(BaseSettings):
     gpu_memory_utilization: float = _option(
         0.85, "Memory and batching", "share of the GPU's memory to use when the pool's size is 0", "SHARE", gt=0, le=1
     )
+    variant_headroom: Bytes = _option(
+        0, "Memory and batching", "kept free of the KV pool for variants that are added while serving", "BYTES", ge=0
+    )
     no_prefix_caching: bool = _option(False, "Memory and batching", "compute every prompt from its first token")
 
     host: str = _option("127.0.0.1", "HTTP", "address to listen on; 0.0.0.0: every network", "ADDRESS", min_length=1)
@@ -144,6 +167,10 @@ class ServerSettings(BaseSettings):
         "text", "Running", "json: one object a line, with each request, its id, status, time and tokens"
     )
     config: str = _option("", "Running", "YAML file of options", "FILE")
+    dry_run: bool = _option(False, "Running", "print where the memory would go, and end")
+    gpu_memory: Bytes = _option(
+        0, "Running", "with --dry-run: plan for a GPU of this size; 0: the device that is here", "BYTES", ge=0
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -185,6 +212,7 @@ class ServerSettings(BaseSettings):
             block_size=self.block_size,
             kv_cache_tokens=self.kv_cache_tokens,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            variant_headroom=self.variant_headroom,
             enable_prefix_caching=not self.no_prefix_caching,
             num_threads=self.threads,
         )
@@ -204,6 +232,8 @@ def load_settings(argv: list[str]) -> ServerSettings:
         _fail(_first_error(e, given, in_file, path))
     if not settings.model:
         _fail("name a model: a folder, such as models/pocket, or a hub id. --help lists all options")
+    if settings.gpu_memory and not settings.dry_run:
+        _fail("--gpu-memory: is for --dry-run; a server takes --gpu-memory-utilization of the GPU that is here")
     return settings
 
 

@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -371,6 +372,20 @@ def _listen(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port}: {why}") from None
 
 
+def _dry_run(settings: ServerSettings) -> int:
+    """Print the plan; the exit code. A folder without weights, or a hub id, is planned from its configuration."""
+    _check_variants(settings.variants)
+    folder = resolve_model(settings.model, "dummy")
+    engine = settings.engine_config(folder)
+    if any(folder.glob("*.safetensors")):
+        check_checkpoint(folder, settings.load_format)
+    else:
+        engine = msgspec.structs.replace(engine, load_format="dummy")
+    # engine.dry_run.DryRunConfig, spelled out: importing it would import torch.
+    config = msgspec.json.encode({"engine": engine, "gpu_memory": settings.gpu_memory}) + b"\n"
+    return subprocess.run([sys.executable, "-P", "-m", "engine.dry_run"], input=config, check=False).returncode
+
+
 def _check_variants(names: Sequence[str]) -> None:
     """Refuse an unknown variant now, not after the engine has loaded torch."""
     try:
@@ -388,6 +403,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)  # the hub's requests, one line each
     try:
+        if settings.dry_run:
+            return _dry_run(settings)
         with _listen(settings.host, settings.port) as listener:
             _check_variants(settings.variants)
             folder = resolve_model(settings.model, settings.load_format)

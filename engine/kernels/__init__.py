@@ -10,6 +10,7 @@ the block table, B sequences, M x K activations, N x K weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,14 @@ from engine.kernels import reference
 __all__ = [
     "PREFILL_TILE",
     "AttentionPlan",
+    "Codes",
     "KVCache",
+    "Quantised",
     "add_rms_norm",
     "attention",
     "decode_inputs",
     "draw",
+    "gated",
     "linear",
     "plan_tiles",
     "quantize_tokens",
@@ -76,6 +80,23 @@ class KVCache:
     v_scale: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What a product wants its activations in: `dtype`, int8 or float8_e4m3fn, as `quantize_tokens` gives them."""
+
+    dtype: torch.dtype
+    group_size: int = 0
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Activations in 8 bits: qdata [M, K], scale [M, G] fp32, and the dtype that products of them come back in."""
+
+    qdata: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
 def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.NDArray[np.int32]:
     """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, of those past num_decodes.
 
@@ -104,31 +125,69 @@ def decode_inputs(
     return reference.decode_inputs(rows, contexts, tokens, blocks, block_size)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x[T, H], weight[H] -> [T, H] in x's dtype: weight * (x / rms(x) in fp32, rounded), as HF's Qwen3RMSNorm."""
-    if x.is_cuda:
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes | None) -> Tensor | Quantised: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes | None = None) -> Tensor | Quantised:
+    """x[T, H], weight[H] -> [T, H] in x's dtype: weight * (x / rms(x) in fp32, rounded), as HF's Qwen3RMSNorm.
+
+    codes: what it is quantised to, as `quantize_tokens` does; also below.
+    """
+    if not x.is_cuda:
+        return _quantised(reference.rms_norm(x, weight, eps), codes)
+    if codes is None:
         from engine.kernels import fused
 
         return fused.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+    from engine.kernels import fused_quantize
+
+    return fused_quantize.rms_norm(x, weight, eps, codes)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@overload
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+@overload
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes | None
+) -> tuple[Tensor | Quantised, Tensor]: ...
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes | None = None
+) -> tuple[Tensor | Quantised, Tensor]:
     """x[T, H], residual[T, H], weight[H] -> (rms_norm of the sum, the sum), the sum rounded to the dtype first."""
-    if x.is_cuda:
+    if not x.is_cuda:
+        normed, total = reference.add_rms_norm(x, residual, weight, eps)
+        return _quantised(normed, codes), total
+    if codes is None:
         from engine.kernels import fused
 
         return fused.add_rms_norm(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    from engine.kernels import fused_quantize
+
+    return fused_quantize.add_rms_norm(x, residual, weight, eps, codes)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+@overload
+def silu_mul(gate_up: Tensor) -> Tensor: ...
+@overload
+def silu_mul(gate_up: Tensor, codes: Codes | None) -> Tensor | Quantised: ...
+def silu_mul(gate_up: Tensor, codes: Codes | None = None) -> Tensor | Quantised:
     """gate_up[T, 2I] (gate | up) -> silu(gate) * up [T, I]; silu in fp32, rounded to the dtype, then multiplied."""
-    if gate_up.is_cuda:
+    if not gate_up.is_cuda:
+        return _quantised(reference.silu_mul(gate_up), codes)
+    if codes is None:
         from engine.kernels import fused
 
         return fused.silu_mul(gate_up)
-    return reference.silu_mul(gate_up)
+    from engine.kernels import fused_quantize
+
+    return fused_quantize.silu_mul(gate_up, codes)
+
+
+def _quantised(x: Tensor, codes: Codes | None) -> Tensor | Quantised:
+    if codes is None:
+        return x
+    return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size), x.dtype)
 
 
 def rope_and_store(
@@ -194,13 +253,17 @@ def draw(
     return reference.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours.
+
+    out: [M, N], contiguous; where it is given, the result is written there.
+    """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.linear(x, weight, bias)
-    return reference.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias, out)
+    product = reference.linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
 
 
 def weight_only_matmul(
@@ -219,6 +282,17 @@ def weight_only_matmul(
 
         return matmul.weight_only_matmul(x, qdata, scale, bias, group_size)
     return reference.weight_only_matmul(x, qdata, scale, bias, group_size)
+
+
+def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
+    """x[M, K], weight[2I, K] (gate | up) -> `silu_mul` of their product [M, I], which is `linear` where scale is None,
+    else `weight_only_matmul`. One row is one launch on a GPU.
+    """
+    if x.is_cuda and x.shape[0] == 1:
+        from engine.kernels import gemv
+
+        return gemv.gemv(x, weight, scale, None, group_size, gated=True)
+    return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
 
 
 def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
 
@@ -46,26 +47,55 @@ def widen(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantize_tokens_kernel(x, qdata, scales, K, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    k = part[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
-    raw = tl.load(x + row * K + k, mask=k < K, other=0.0)
+def quantize_values(raw, dtype: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr):
+    """One token's raw[PARTS, SPAN], 0 past its end -> codes in `dtype`, scale[PARTS], one for all where GROUPS is 1.
+
+    Kernels that call this are compiled without fusing products into additions, which would move codes at ties.
+    """
     value = raw.to(tl.float32)
     largest = tl.max(tl.abs(value), axis=1)  # [PARTS]
     if GROUPS == 1:
         largest = tl.zeros((PARTS,), tl.float32) + tl.max(largest, axis=0)
-    limit = tl.full((PARTS,), 127.5 if qdata.dtype.element_ty == tl.int8 else 448.0, tl.float32)
+    limit = tl.full((PARTS,), 127.5 if dtype == tl.int8 else 448.0, tl.float32)
     scale = tl.div_rn(largest, limit).to(raw.dtype).to(tl.float32)
-    if qdata.dtype.element_ty == tl.int8:
+    if dtype == tl.int8:
         scale = tl.maximum(scale, 1.1920928955078125e-07)  # 2^-23
         value = value * tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), scale)[:, None]
         value = tl.minimum(tl.maximum((value + _ROUND) - _ROUND, -128.0), 127.0)
     else:
-        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-        value = tl.div_rn(value, tl.broadcast_to(divisor, (PARTS, SPAN)))
+        # Divided by one reciprocal and a correction: rounded as division is (Markstein, 1990, theorem 8.4), where no
+        # remainder is lost to underflow, so tiny scales are lifted first.
+        lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+        divisor = tl.where(scale == 0.0, 1.0, scale * lift)
+        inverse = tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), divisor)[:, None]
+        value = value * lift[:, None]
+        quotient = value * inverse
+        remainder = tl.fma(-quotient, tl.broadcast_to(divisor[:, None], (PARTS, SPAN)), value)
+        value = tl.fma(remainder, tl.broadcast_to(inverse, (PARTS, SPAN)), quotient)
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)
-    tl.store(qdata + row * K + k, value.to(qdata.dtype.element_ty), mask=k < K)
+    return value.to(dtype), scale
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    x,
+    qdata,
+    scales,
+    K,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    k = part[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    raw = tl.load(x + row * K + k, mask=k < K, other=0.0)
+    code, scale = quantize_values(raw, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
+    tl.store(qdata + row * K + k, code, mask=k < K)
     tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
 
 
@@ -101,15 +131,10 @@ def codes(w: Tensor) -> Tensor:
 def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
     assert x.dim() == 2 and x.is_contiguous()
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
-    assert dtype in (torch.int8, torch.float8_e4m3fn), dtype
     rows, depth = x.shape
-    groups = triton.cdiv(depth, group_size) if group_size else 1
-    qdata = torch.empty_like(x, dtype=dtype)
-    scale = x.new_empty(rows, groups, dtype=torch.float32)
+    qdata, scale = empty_codes(x, depth, dtype, group_size)
     if rows:
-        span = group_size or 128
-        parts = triton.next_power_of_2(triton.cdiv(depth, span))
-        warps = min(max(parts * span // 1024, 1), 8)
+        parts, span, warps = cut(depth, group_size)
         quantize_tokens_kernel[(rows,)](
             x,
             qdata,
@@ -117,11 +142,27 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
             depth,
             PARTS=parts,
             SPAN=span,
-            GROUPS=groups,
+            GROUPS=scale.shape[1],
             num_warps=warps,
-            enable_fp_fusion=False,  # a product fused with the addition that rounds it moves codes at ties
+            enable_fp_fusion=False,
+            **chip.dependent_launch(x.device),
         )
     return qdata, scale
+
+
+def cut(depth: int, group_size: int) -> tuple[int, int, int]:
+    """(PARTS, SPAN, warps) for one token of `depth` values in registers: a part is a group, or 128 values."""
+    span = group_size or 128
+    parts = triton.next_power_of_2(triton.cdiv(depth, span))
+    return parts, span, min(max(parts * span // 1024, 1), 8)
+
+
+def empty_codes(like: Tensor, depth: int, dtype: torch.dtype, group_size: int) -> tuple[Tensor, Tensor]:
+    """Room for codes[M, depth] and scale[M, G] of as many tokens as `like` has."""
+    assert dtype in (torch.int8, torch.float8_e4m3fn), dtype
+    groups = triton.cdiv(depth, group_size) if group_size else 1
+    rows = like.shape[0]
+    return like.new_empty(rows, depth, dtype=dtype), like.new_empty(rows, groups, dtype=torch.float32)
 
 
 def dequantize(qdata: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine import kernels
 from engine.config import ModelConfig
-from engine.kernels import AttentionPlan, KVCache
-from engine.quant.linear import Linear
+from engine.kernels import AttentionPlan, KVCache, Quantised
+from engine.quant.linear import Linear, PlainLinear
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ class Qwen:
         c = self.config
         scale = c.head_dim**-0.5
         residual = torch.nn.functional.embedding(batch.token_ids, self.embedding)  # [T, H]
-        x = kernels.rms_norm(residual, self.layers[0].input_norm, c.rms_norm_eps)
-        for i, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
+        down: Tensor | None = None  # [T, H], the layer before's
+        for layer, cache in zip(self.layers, kv, strict=True):
+            x: Tensor | Quantised
+            if down is None:
+                x = kernels.rms_norm(residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes)
+            else:
+                x, residual = kernels.add_rms_norm(down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes)
             q = kernels.rope_and_store(
                 layer.qkv(x),
                 layer.q_norm,
@@ -72,15 +77,15 @@ class Qwen:
                 cache,
                 batch.slots,
             )  # [T, Hq, D]
-            x = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
-            x = layer.out(x.view(-1, c.num_heads * c.head_dim))  # [T, H]
-            x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, c.rms_norm_eps)
-            x = layer.down(kernels.silu_mul(layer.gate_up(x)))  # [T, H]
-            last = i + 1 == len(self.layers)
-            norm = self.norm if last else self.layers[i + 1].input_norm
-            x, residual = kernels.add_rms_norm(x, residual, norm, c.rms_norm_eps)
-        return x
+            attended = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
+            out = layer.out(attended.view(-1, c.num_heads * c.head_dim))  # [T, H]
+            x, residual = kernels.add_rms_norm(out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes)
+            down = layer.down(layer.gate_up.gated(x, layer.down.takes))
+        assert down is not None
+        return kernels.add_rms_norm(down, residual, self.norm, c.rms_norm_eps)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> [N, V] in the computing dtype."""
-        return self.head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [N, H] -> [N, V] in the computing dtype, written to `out` where it is given."""
+        if out is None:
+            return self.head(hidden)
+        return self.head(hidden, out) if isinstance(self.head, PlainLinear) else out.copy_(self.head(hidden))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine import kernels
+from engine.kernels import Codes, Quantised
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,21 @@ class PlainLinear:
     weight: Tensor
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype."""
-        return kernels.linear(x, self.weight, self.bias)
+    @property
+    def takes(self) -> None:
+        """Activations in the compute dtype."""
+
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
+        assert isinstance(x, Tensor)
+        return kernels.linear(x, self.weight, self.bias, out)
+
+    def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
+        """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
+        if codes is not None or self.bias is not None:
+            return kernels.silu_mul(self(x), codes)
+        assert isinstance(x, Tensor)
+        return kernels.gated(x, self.weight)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -39,9 +52,21 @@ class WeightOnlyLinear:
     bias: Tensor | None = None
     group_size: int = 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def takes(self) -> None:
+        """Activations in the compute dtype."""
+
+    def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""
+        assert isinstance(x, Tensor)
         return kernels.weight_only_matmul(x, self.qdata, self.scale, self.bias, self.group_size)
+
+    def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
+        """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
+        if codes is not None or self.bias is not None:
+            return kernels.silu_mul(self(x), codes)
+        assert isinstance(x, Tensor)
+        return kernels.gated(x, self.qdata, self.scale, self.group_size)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -59,10 +84,20 @@ class W8A8Linear:
     bias: Tensor | None = None
     group_size: int = 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def takes(self) -> Codes:
+        """What spares the product a launch: activations quantised by the operation before it."""
+        return Codes(self.qdata.dtype, self.group_size)
+
+    def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""
-        x_qdata, x_scale = kernels.quantize_tokens(x, self.qdata.dtype, self.group_size)
-        return kernels.w8a8_matmul(x_qdata, x_scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
+        if isinstance(x, Tensor):
+            x = Quantised(*kernels.quantize_tokens(x, self.qdata.dtype, self.group_size), x.dtype)
+        return kernels.w8a8_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
+
+    def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
+        """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
+        return kernels.silu_mul(self(x), codes)
 
     @property
     def tensors(self) -> list[Tensor]:

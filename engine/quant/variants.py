@@ -8,7 +8,6 @@ fused (q, k, v; gate, up), so that the stored numbers are torchao's. Peak memory
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,7 @@ from engine.models.layers import rotary_table
 from engine.models.qwen import Layer, Qwen
 from engine.quant.formats import Format
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
+from engine.quant.memory import all_finite, count_bytes
 from engine.quant.quantize import dequantize, quantize
 from engine.weights import Checkpoint
 
@@ -92,7 +92,8 @@ def build_variants(
     dtype: torch.dtype,
 ) -> dict[str, Variant]:
     """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a
-    part or holds NaN or infinity, and for a format that the device cannot multiply in.
+    part or holds NaN or infinity, and for a format that the device cannot multiply in. On the meta device, from a
+    ShapeCheckpoint, it builds the shapes alone.
     """
     check_device(formats, device)
     c = config
@@ -100,7 +101,7 @@ def build_variants(
 
     def load(name: str, *shape: int) -> Tensor:
         tensor = checkpoint.load(name, shape).to(device)
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise ModelError(f"{name} of the checkpoint holds NaN or infinity")
         return tensor
 
@@ -139,26 +140,14 @@ def build_variants(
     head = PlainLinear(embedding if tied else shared("lm_head.weight", c.vocab_size, c.hidden_size))
     rotary = rotary_table(c, max_len, device)
     models = {f.name: Qwen(c, embedding, layers[f.name], norm, head, rotary) for f in formats}
-    return _account(formats, models, checkpoint.identity(), dtype)
+    return account(formats, models, checkpoint.identity(), dtype)
 
 
-def _account(formats: list[Format], models: dict[str, Qwen], identity: bytes, dtype: torch.dtype) -> dict[str, Variant]:
-    tensors = {name: {t.data_ptr(): t.nbytes for t in weight_tensors(m)} for name, m in models.items()}
-    users = Counter(pointer for own in tensors.values() for pointer in own)
-    variants = {}
+def account(formats: list[Format], models: dict[str, Qwen], identity: bytes, dtype: torch.dtype) -> dict[str, Variant]:
+    """The variants of these model trees, with what each holds alone and together with others."""
+    counted, variants = count_bytes(models), {}
     for f in formats:
-        sizes = tensors[f.name]
-        own = sum(size for pointer, size in sizes.items() if users[pointer] == 1)
         numbers = repr(replace(f, name="")) + str(dtype)  # what the KV depends on beside the checkpoint
         fingerprint = hashlib.sha256(identity + numbers.encode()).digest()
-        variants[f.name] = Variant(f, models[f.name], fingerprint, own, sum(sizes.values()) - own)
+        variants[f.name] = Variant(f, models[f.name], fingerprint, counted.own[f.name], counted.shared[f.name])
     return variants
-
-
-def weight_tensors(model: Qwen) -> list[Tensor]:
-    """Every weight of one model tree (a tied head's tensor appears twice)."""
-    tensors = [model.embedding, model.norm, *model.head.tensors]
-    for layer in model.layers:
-        tensors += [t for t in (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm) if t is not None]
-        tensors += [t for m in (layer.qkv, layer.out, layer.gate_up, layer.down) for t in m.tensors]
-    return tensors

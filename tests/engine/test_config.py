@@ -122,13 +122,13 @@ def test_rotary_table_equals_transformers(tmp_path: Path, name: str) -> None:
 
 def test_the_engines_defaults_are_completed_once() -> None:
     model = parse_model_config(BASE, {})
-    config = complete(EngineConfig(model="m", device="cpu"), model)
+    config = complete(EngineConfig(model="m", device="cpu"), model, False)
     assert config.max_num_batched_tokens == 2048 and config.overlap is False
-    assert complete(config, model) == config
+    assert complete(config, model, False) == config
     with pytest.raises(ModelError, match="twice"):
-        complete(EngineConfig(model="m", device="cpu", variants=("bf16", "bf16")), model)
+        complete(EngineConfig(model="m", device="cpu", variants=("bf16", "bf16")), model, False)
     with pytest.raises(ModelError, match="513"):
-        complete(EngineConfig(model="m", device="cpu", max_model_len=513), model)
+        complete(EngineConfig(model="m", device="cpu", max_model_len=513), model, False)
 
 
 def test_every_field_of_a_saved_config_is_read(tmp_path: Path) -> None:

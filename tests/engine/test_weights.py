@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from engine import LLM, SamplingParams
 from engine.config import ModelError
 from engine.quant.linear import PlainLinear, WeightOnlyLinear
+from engine.quant.memory import weight_tensors
 from engine.quant.quantize import quantize
-from engine.quant.variants import weight_tensors
 from engine.weights import SafetensorsCheckpoint, count_token_ids
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -51,7 +51,7 @@ def test_broken_checkpoints_are_refused_in_one_line(checkpoint: Checkpoint, tmp_
     save_file(tensors | {"model.norm.weight": torch.ones(5)}, weights)
     refused(r"model\.norm\.weight .*\[5\]")
     save_file(tensors | {"model.norm.weight": torch.ones(96, dtype=torch.int32)}, weights)
-    refused("int32")
+    refused("I32")
     weights.unlink()
     refused("neither")
 

@@ -21,6 +21,7 @@ FLAGS = {
     "--block-size",
     "--kv-cache-tokens",
     "--gpu-memory-utilization",
+    "--variant-headroom",
     "--no-prefix-caching",
     "--host",
     "--port",
@@ -36,6 +37,8 @@ FLAGS = {
     "--log-format",
     "--log-level",
     "--config",
+    "--dry-run",
+    "--gpu-memory",
     "--help",
 }
 
@@ -115,6 +118,13 @@ def test_engine_config_carries_every_engine_option() -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "size"), [("0", 0), ("1234", 1234), ("24GiB", 24 << 30), ("1.5 kb", 1500), ("2TB", 2 * 10**12), ("7b", 7)]
+)
+def test_sizes_take_units(word: str, size: int) -> None:
+    assert load_settings(["m", "--variant-headroom", word]).variant_headroom == size
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         ("", "name a model"),
@@ -127,6 +137,11 @@ def test_engine_config_carries_every_engine_option() -> None:
         ("m --dtype int8", "--dtype: "),
         ("m --device tpu", "--device: must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("m --gpu-memory-utilization nan", "--gpu-memory-utilization: "),
+        (
+            "m --variant-headroom 2Gi",
+            "--variant-headroom: must be a number of bytes, such as 24GiB or 500MB, got '2Gi'",
+        ),
+        ("m --gpu-memory 24GiB", "--gpu-memory: is for --dry-run"),
         ("m --drain-seconds inf", "--drain-seconds: "),
         ("m --served-model-name a:b", "--served-model-name: must hold no colon"),
         ("m --api-processes 0", "--api-processes: "),

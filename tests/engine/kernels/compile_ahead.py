@@ -22,11 +22,14 @@ from triton.runtime.jit import JITFunction
 
 from engine.kernels import (
     AttentionPlan,
+    Codes,
     KVCache,
     chip,
     convert,
     decode_attention,
     fused,
+    fused_quantize,
+    gemv,
     inputs,
     kv_widen,
     matmul,
@@ -95,6 +98,8 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
     for num_rows in (1, matmul.PLAIN_ROWS):
         matmul.linear(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype))
+    for depth in (2048, 6144, 12288):
+        gemv.gemv(torch.zeros(1, depth, dtype=dtype), torch.zeros(64, depth, dtype=dtype), gated=depth == 2048)
     weight_only = matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT
     for stored in (torch.int8, torch.float8_e4m3fn):
         for group, some in ((0, slice(None)), (128, slice(None, None, 3))):
@@ -105,6 +110,9 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
                 matmul.weight_only_matmul(x, qdata, scale, x[0], group)
             if (stored == torch.int8 and group) or (stored == torch.float8_e4m3fn and capability < 89):
                 continue  # no such format; the device is refused
+            x = torch.zeros(2, 2048, dtype=dtype)
+            fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, group))
+            fused_quantize.silu_mul(x, Codes(stored, group))
             for tile in matmul.TILES_W8A8[some]:
                 x = torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype)
                 matmul.w8a8_matmul(*convert.quantize_tokens(x, stored, group), qdata, scale, x[0], dtype, group)

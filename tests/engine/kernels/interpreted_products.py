@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from engine.kernels import convert, matmul, reference
+from engine.kernels import Codes, convert, fused_quantize, gemv, matmul, reference
 from engine.quant.quantize import dequantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
@@ -36,6 +36,23 @@ def test_weight_only_matmul(shape, group, stored):
         got = matmul.weight_only_matmul(x, qdata, scale, b, group)
         expected = reference.weight_only_matmul(x, qdata, scale, b, group)
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (38, 700), (16, 2048)])
+@pytest.mark.parametrize(("stored", "group"), [(None, 0), (torch.int8, 0), (torch.float8_e4m3fn, 64)])
+def test_gated_product_of_one_row(shape, stored, group, monkeypatch):
+    """silu(gate) * up; one program for all tiles, and one each."""
+    n, k = shape
+    x = torch.randn(1, k)
+    weight, scale = (torch.randn(n, k), None) if stored is None else stored_weight(n, k, group, stored)
+    if scale is None:
+        expected = reference.silu_mul(reference.linear(x, weight, None))
+    else:
+        expected = reference.silu_mul(reference.weight_only_matmul(x, weight, scale, None, group))
+    for programs in (1, 100):
+        monkeypatch.setattr(gemv, "PROGRAMS", programs)
+        got = gemv.gemv(x, weight, scale, None, group, gated=True)
+        torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
 @pytest.mark.parametrize("group", [0, 64])
@@ -109,6 +126,27 @@ def test_tokens_are_quantised_as_the_definition_says(stored, group, dtype):
     same = qdata.float() == expected.float()
     # The interpreter's conversion to fp8 loses the carry where rounding reaches the next power of two; a GPU does not.
     assert same.all() if stored == torch.int8 else same.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("group", [0, 128])
+def test_norms_and_silu_quantise_as_the_twins_one_after_the_other(group, dtype):
+    """Small integers: the norm's sum of squares is exact in any order."""
+    x, residual = (torch.randint(-9, 10, (3, 300)).to(dtype) for _ in range(2))
+    weight, codes = torch.rand(300).to(dtype), Codes(torch.int8, group)
+    total = x + residual
+    cases = [
+        (fused_quantize.rms_norm(x, weight, 1e-6, codes), reference.rms_norm(x, weight, 1e-6)),
+        (fused_quantize.silu_mul(x / 4, codes), reference.silu_mul(x / 4)),
+    ]
+    normed, got_total = fused_quantize.add_rms_norm(x, residual, weight, 1e-6, codes)
+    assert torch.equal(got_total, total)
+    for got, expected in (*cases, (normed, reference.rms_norm(total, weight, 1e-6))):
+        qdata, scale = reference.quantize_tokens(expected, torch.int8, group)
+        torch.testing.assert_close(got.scale, scale, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=0)
+        assert (got.qdata.int() - qdata.int()).abs().max() <= 1  # the exponential and the root differ in their last bit
+        assert (got.qdata == qdata).float().mean() > 0.98
+        assert got.dtype == dtype
 
 
 @pytest.mark.parametrize("group", [0, 64, 512])

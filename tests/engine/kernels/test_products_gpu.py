@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import matmul, reference
+from engine.kernels import Codes, Quantised, matmul, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,6 +90,31 @@ def test_weight_only_matmul(model, stored, group, num_rows):
         close(got, reference.weight_only_matmul(x.float(), qdata, scale, widened(bias), group))
 
 
+@pytest.mark.parametrize("num_rows", [1, 5, 300])
+def test_a_product_is_written_where_it_is_asked_for(num_rows):
+    x, weight = torch.randn(num_rows, 1024, device="cuda").bfloat16(), torch.randn(70, 1024, device="cuda").bfloat16()
+    out = torch.full((num_rows, 70), torch.nan, device="cuda").bfloat16()
+    assert without_waiting(kernels.linear, x, weight, None, out) is out
+    assert torch.equal(out, kernels.linear(x, weight))
+
+
+@pytest.mark.parametrize(("stored", "group"), [(None, 0), (torch.int8, 0), (torch.float8_e4m3fn, 128)])
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("model", LINEARS)
+def test_gated(model, num_rows, stored, group):
+    hidden, intermediate, *_ = LINEARS[model]
+    x = torch.randn(num_rows, hidden, device="cuda").bfloat16()
+    if stored is None:
+        weight, scale = torch.randn(2 * intermediate, hidden, device="cuda").bfloat16() / 40, None
+        product = x.float() @ weight.float().t()
+    else:
+        weight, scale = stored_weight(2 * intermediate, hidden, group, stored)
+        product = reference.weight_only_matmul(x.float(), weight, scale, None, group)
+    got = without_waiting(kernels.gated, x, weight, scale, group)
+    expected = reference.silu_mul(product.bfloat16().float())
+    torch.testing.assert_close(got.float(), expected, rtol=1.6e-2, atol=float(expected.std()) * 4e-3)
+
+
 @pytest.mark.parametrize("group", [0, 128])
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("num_rows", [65, 129, 300, 2000])
@@ -119,6 +144,30 @@ def test_w8a8_matmul(model, stored, group, num_rows):
         # The library's FP8 sums keep 14 bits of the largest.
         slack = 2e-4 if stored == torch.int8 else 2e-2
         close(got, reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, group), slack)
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 600])
+@pytest.mark.parametrize(("stored", "group"), [(torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128)])
+@pytest.mark.parametrize("model", LINEARS)
+def test_norms_and_silu_quantise_as_the_two_kernels_one_after_the_other(model, stored, group, num_rows):
+    """Bit for bit; small integers, as the norm's sum of squares is then exact in any order."""
+    if stored != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 products before sm_89")
+    hidden, intermediate, *_ = LINEARS[model]
+    x, residual = (torch.randint(-9, 10, (num_rows, hidden), device="cuda").bfloat16() for _ in range(2))
+    weight, codes = torch.rand(hidden, device="cuda").bfloat16(), Codes(stored, group)
+    gate_up = torch.randn(num_rows, 2 * intermediate, device="cuda").bfloat16() * 3
+    normed, total = kernels.add_rms_norm(x, residual, weight, 1e-6, codes)
+    assert torch.equal(total, x + residual)
+    for got, expected in (
+        (kernels.rms_norm(x, weight, 1e-6, codes), kernels.rms_norm(x, weight, 1e-6)),
+        (normed, kernels.add_rms_norm(x, residual, weight, 1e-6)[0]),
+        (kernels.silu_mul(gate_up, codes), kernels.silu_mul(gate_up)),
+    ):
+        assert isinstance(got, Quantised)
+        qdata, scale = reference.quantize_tokens(expected, stored, group)
+        assert torch.equal(got.scale, scale)
+        assert torch.equal(got.qdata.view(torch.int8), qdata.view(torch.int8))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16])

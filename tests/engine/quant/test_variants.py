@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 from engine import LLM, SamplingParams
 from engine.config import ModelError
 from engine.kernels import reference
+from engine.memory import planned_weights
 from engine.messages import AddRequest, pack_ids
 from engine.models.qwen import Layer
 from engine.quant.formats import FORMATS
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
+from engine.quant.memory import count_bytes
 from engine.quant.quantize import dequantize, quantize
 from engine.quant.variants import check_device
+from engine.weights import SafetensorsCheckpoint
 
 POCKET = Path(__file__).resolve().parents[3] / "models" / "pocket"
 WEIGHT_TOLERANCE = 2e-4  # of a logprob, in fp32
@@ -134,6 +137,14 @@ def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
     assert matrices < variants["int8-g512"].own_bytes < 1.02 * matrices
     assert variants["int8-g64"].own_bytes == matrices + matrices // 64 * 4
     assert variants["w8a8-fp8-block"].own_bytes == matrices + matrices // 128 * 4
+
+
+def test_a_plan_of_every_format_is_what_is_loaded(llm: LLM) -> None:
+    runner = llm.engine.runner
+    formats = [v.format for v in runner.variants.values()]
+    with SafetensorsCheckpoint(POCKET) as checkpoint:
+        planned = planned_weights(runner.model_config, checkpoint, formats, runner.dtype)
+    assert planned == runner.plan.weights == count_bytes({n: v.model for n, v in runner.variants.items()})
 
 
 def test_a_real_variant_agrees_with_its_fake_and_fake_is_rounded_once() -> None:

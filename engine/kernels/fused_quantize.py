@@ -1,0 +1,149 @@
+"""Triton kernels that produce activations already in 8 bits: `fused`'s norms and silu, then `quantize_tokens`.
+
+A program handles one token. Values are rounded to the compute dtype where the separate kernels write them out, so that
+codes and scales are those of the two kernels one after the other. What is saved is a launch, and writing and reading
+the activations in the compute dtype.
+"""
+
+# Triton is untyped: a jitted function has no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from engine.kernels import Codes, Quantised, chip
+from engine.kernels.convert import cut, empty_codes, quantize_values
+from engine.kernels.fused import check_rows
+
+
+@triton.jit
+def norm_quantize_kernel(
+    x,
+    residual,
+    weight,
+    qdata,
+    scales,
+    total,
+    eps,
+    H: tl.constexpr,
+    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    mask = k < H
+    gain = tl.load(weight + k, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    value = tl.load(x + row * H + k, mask=mask, other=0.0).to(tl.float32)
+    dtype = total.dtype.element_ty
+    if ADD:
+        value += tl.load(residual + row * H + k, mask=mask, other=0.0).to(tl.float32)
+        rounded = value.to(dtype)
+        tl.store(total + row * H + k, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(tl.sum(value * value, axis=1), axis=0) / H + eps)
+    normed = (gain * (value * scale).to(dtype).to(tl.float32)).to(dtype)
+    code, code_scale = quantize_values(normed, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
+    tl.store(qdata + row * H + k, code, mask=mask)
+    part = tl.arange(0, PARTS)
+    tl.store(scales + row * GROUPS + part, code_scale, mask=part < GROUPS)
+
+
+@triton.jit
+def silu_mul_quantize_kernel(
+    gate_up,
+    qdata,
+    scales,
+    I: tl.constexpr,  # noqa: E741 (the legend's letter)
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    mask = k < I
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    gate = tl.load(gate_up + row * 2 * I + k, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * I + I + k, mask=mask, other=0.0).to(tl.float32)
+    dtype = gate_up.dtype.element_ty
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    code, code_scale = quantize_values((silu * up).to(dtype), qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
+    tl.store(qdata + row * I + k, code, mask=mask)
+    part = tl.arange(0, PARTS)
+    tl.store(scales + row * GROUPS + part, code_scale, mask=part < GROUPS)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes) -> Quantised:
+    check_rows(x)
+    return _norm(x, x, weight, eps, codes, x, add=False)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes) -> tuple[Quantised, Tensor]:
+    check_rows(x)
+    check_rows(residual)
+    assert residual.shape == x.shape and residual.dtype == x.dtype
+    total = torch.empty_like(x)
+    return _norm(x, residual, weight, eps, codes, total, add=True), total
+
+
+def silu_mul(gate_up: Tensor, codes: Codes) -> Quantised:
+    check_rows(gate_up)
+    num_tokens, width = gate_up.shape
+    assert width % 2 == 0
+    qdata, scale = empty_codes(gate_up, width // 2, codes.dtype, codes.group_size)
+    if num_tokens:
+        parts, span, warps = cut(width // 2, codes.group_size)
+        silu_mul_quantize_kernel[(num_tokens,)](
+            gate_up,
+            qdata,
+            scale,
+            I=width // 2,
+            PARTS=parts,
+            SPAN=span,
+            GROUPS=scale.shape[1],
+            num_warps=warps,
+            enable_fp_fusion=False,
+            **chip.dependent_launch(gate_up.device),
+        )
+    return Quantised(qdata, scale, gate_up.dtype)
+
+
+def _norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes, total: Tensor, *, add: bool
+) -> Quantised:
+    assert weight.shape == x.shape[1:] and weight.is_contiguous()
+    num_tokens, width = x.shape
+    qdata, scale = empty_codes(x, width, codes.dtype, codes.group_size)
+    if num_tokens:
+        parts, span, warps = cut(width, codes.group_size)
+        norm_quantize_kernel[(num_tokens,)](
+            x,
+            residual,
+            weight,
+            qdata,
+            scale,
+            total,
+            eps,
+            H=width,
+            ADD=add,
+            PARTS=parts,
+            SPAN=span,
+            GROUPS=scale.shape[1],
+            num_warps=warps,
+            enable_fp_fusion=False,
+            **chip.dependent_launch(x.device),
+        )
+    return Quantised(qdata, scale, x.dtype)
