@@ -35,6 +35,7 @@ from engine.kernels import (
     matmul,
     plan_tiles,
     prefill_attention,
+    ranking,
     rope,
     sample,
 )
@@ -86,7 +87,15 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     inputs.decode_inputs(ints, ints, ints[None], ints[None], 16)
     for thresholds in (None, floats):
-        sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, ints, ints, ints, 151669)
+        for top_p in (None, floats):
+            sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, top_p, ints, ints, ints, 151669)
+    for k in (0, 5, 20, 64):
+        ranking.survey(torch.zeros(2, 151936, dtype=dtype), k, 151669)
+    known = len(compiled)
+    odd, ints = torch.zeros(3, 151936, dtype=dtype), torch.zeros(7, dtype=torch.int32)
+    sample.draw(odd, odd[:, 0].float(), None, odd[:, 0].float(), ints[:3], ints[:3].clone(), ints[1:4], 151669)
+    ranking.survey(odd, 5, 151669)
+    assert len(compiled) == known, "a batch of another size must not need another version"
     multiply(capability, dtype)
     eight_bit = [torch.int8, torch.float8_e4m3fn]
     attend(16, 8, 128, dtype, [dtype, *eight_bit], qk_norm=True)  # Qwen3-0.6B and 1.7B

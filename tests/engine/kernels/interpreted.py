@@ -21,6 +21,7 @@ from engine.kernels import (
     kv_widen,
     paged_attention,
     prefill_attention,
+    ranking,
     reference,
     rope,
     sample,
@@ -201,16 +202,42 @@ def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
     assert not kv_widen.widening_pays(chunk.q, chunk.cache, chunk.plan)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounds", [0, 1, 3])  # 0: no nucleus; 1: one program a row settles most of them
 @pytest.mark.parametrize("filtered", [False, True])
-def test_draw(filtered, monkeypatch):
+def test_draw(filtered, rounds, dtype, monkeypatch):
     """Rows greedy and drawn, ids beyond the tokenizer, three slices and a remainder: the twin's very ids."""
     monkeypatch.setattr(sample, "_SLICE", 64)
-    logits = torch.randn(5, 240)
+    monkeypatch.setattr(sample, "ROUNDS", max(rounds, 1))
+    torch.manual_seed(0)
+    logits = torch.randn(8, 240).to(dtype)
     logits[:, 200:] = 100.0  # ids that the tokenizer does not know
-    temperature = torch.tensor([0.0, 1.0, 0.3, 5.0, 1e-9])
-    thresholds = logits[:, :200].topk(7, dim=-1).values[:, -1].contiguous() if filtered else None
-    seeds = [torch.randint(-(2**31), 2**31, (5,), dtype=torch.int32) for _ in range(2)]
-    positions = torch.arange(5, dtype=torch.int32) * 1000
-    got = sample.draw(logits, temperature, thresholds, *seeds, positions, 200)
-    assert got.tolist() == reference.draw(logits, temperature, thresholds, *seeds, positions, 200).tolist()
+    logits[6, 20:] = -torch.inf  # whole slices are banned
+    temperature = torch.tensor([0.0, 1.0, 0.3, 5.0, 1e-9, 1.0, 2.0, 0.7])
+    thresholds = logits[:, :200].float().topk(20, dim=-1).values[:, -1].contiguous() if filtered else None
+    top_p = torch.tensor([0.5, 0.1, 0.95, 0.3, 0.5, 1e-6, 0.4, 1.0]) if rounds else None
+    seeds = [torch.randint(-(2**31), 2**31, (8,), dtype=torch.int32) for _ in range(2)]
+    positions = torch.arange(8, dtype=torch.int32) * 1000
+    got = sample.draw(logits, temperature, thresholds, top_p, *seeds, positions, 200)
+    assert got.tolist() == reference.draw(logits, temperature, thresholds, top_p, *seeds, positions, 200).tolist()
     assert got.max() < 200 and got[0] == logits[0, :200].argmax()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [0, 1, 8, 20])
+def test_survey(k, dtype, monkeypatch):
+    """Slices whose groups end within them, ties, a banned slice, ids that the tokenizer does not know."""
+    monkeypatch.setattr(ranking, "_SLICE", 64)
+    monkeypatch.setattr(ranking, "_GROUP", 8)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 240).to(dtype)
+    logits[:, 203:] = 9.0
+    logits[1] = logits[1].round()  # many ties
+    logits[2, 64:128] = -torch.inf
+    logits[3, 10:] = -torch.inf
+    log_sums, values, ids = ranking.survey(logits, k, 203)
+    expected_sums, expected, _ = reference.survey(logits, k, 203)
+    torch.testing.assert_close(log_sums, expected_sums, **FP32_TOLERANCE)
+    assert torch.equal(values, expected)
+    assert torch.equal(logits.float().gather(1, ids), values) and ids.numel() == 4 * k
+    assert all(len(set(row)) == k for row in ids[:3].tolist()) and (k == 0 or ids.max() < 203)
