@@ -7,7 +7,7 @@ between reads a device value on the host, so that the next step can be scheduled
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.smooth import smoothing_for
 from engine.quant.variants import Variant, build_variants
-from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample
+from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample, warm_up
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
@@ -158,10 +158,16 @@ class Runner:
     def _warm_up(self) -> None:
         """Run each variant once for each range of rows that has kernels of its own, so that none compiles later."""
         spare = self.tables.tokens.shape[0] - 1
-        for size in WARM_UP_ROWS:
-            batch = prefill_batch(spare, min(size, self.max_model_len), self.tables)
+        batches = [prefill_batch(spare, min(size, self.max_model_len), self.tables) for size in WARM_UP_ROWS]
+        prompt = batches[-1]
+        contexts = prompt.plan.context_lens_host + self.max_model_len  # as of a later part of a prompt: see `kv_widen`
+        batches.append(replace(prompt, plan=replace(prompt.plan, context_lens_host=contexts)))
+        for batch in batches:
             for name, variant in self.variants.items():
                 variant.model.forward(batch, self.kv[name])
+        t = self.tables
+        logits = torch.zeros(1, self.model_config.vocab_size, dtype=self.dtype, device=self.device)
+        warm_up(logits, t.floats, t.ints, t.tokens, self.num_ids)
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
@@ -336,7 +342,7 @@ class Runner:
         where = to_device(np.array(targets).T, self.device)  # [2, positions]
         tokens = self.tables.tokens[where[0], where[1]].long()
         chunks = [
-            gather_logprobs(model.logits(hidden[i]).float(), t, top, self.num_ids, [])
+            gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
             for i, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (index, tokens)), strict=True)
         ]
         return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))

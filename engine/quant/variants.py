@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, ModelError
+from engine.kernels import chip
 from engine.models.layers import rotary_table
 from engine.models.qwen import Layer, Qwen
 from engine.quant.formats import FORMATS, HEAD, Format, Stored
@@ -119,7 +120,7 @@ def check_device(formats: list[Format], device: torch.device) -> None:
     """Raise ModelError, naming the nearest choices, if `device` cannot multiply in a format's types."""
     if device.type != "cuda":
         return
-    capability = torch.cuda.get_device_capability(device)
+    capability = chip.capability(device)
     for f in formats:
         if f.activation == "float8_e4m3fn" and capability < (8, 9):
             raise ModelError(
