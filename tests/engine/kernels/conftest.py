@@ -83,6 +83,13 @@ class PagedBatch:
         """The same arguments in fp32: what a 16-bit kernel is compared with."""
         return self.q.float(), widen_cache(self.cache), self.block_tables, self.plan, scale
 
+    def rounded(self, scale: float) -> tuple[Tensor, KVCache, Tensor, AttentionPlan, float]:
+        """The same in fp32 over what an 8-bit cache stands for, rounded to q's dtype: the definition."""
+        stored = ((self.cache.k, self.cache.k_scale), (self.cache.v, self.cache.v_scale))
+        wide = [codes.float() * s.transpose(1, 2)[..., None] for codes, s in stored if s is not None]
+        cache = KVCache(*(x.to(self.q.dtype).float() for x in wide))
+        return self.q.float(), cache, self.block_tables, self.plan, scale
+
 
 def widen_cache(cache: KVCache) -> KVCache:
     """A cache in fp32; an 8-bit one as it is, which the twins dequantise to whatever they compute in."""
