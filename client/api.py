@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -99,7 +99,7 @@ class OctavoClient:
     """An asynchronous client. Its connections are closed by `async with`; use one instance a worker.
 
     timeout: seconds of silence after which a request has failed. max_retries: further attempts after the first.
-    admin_key: what the calls that change the server send in place of `api_key`.
+    admin_key: what the calls that change the server send in place of `api_key`. headers: sent with every request.
     Every method raises the errors of the module's docstring.
     """
 
@@ -109,6 +109,7 @@ class OctavoClient:
         api_key: str | None = None,
         *,
         admin_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout: float = 600.0,
         max_retries: int = 4,
         concurrency: int = 16,
@@ -117,7 +118,7 @@ class OctavoClient:
         self._pools = [
             httpx.AsyncClient(
                 base_url=base_url.rstrip("/").removesuffix("/v1"),
-                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                headers={**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
                 timeout=httpx.Timeout(timeout, connect=10.0),
                 limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
                 verify=verify,
@@ -154,6 +155,10 @@ class OctavoClient:
     async def chat(self, model: str, messages: list[JSON], **body: Any) -> JSON:
         """POST /v1/chat/completions."""
         return await self._call("POST", "/v1/chat/completions", {"model": model, "messages": messages, **body})
+
+    async def compare(self, prompt: str | list[int], **body: Any) -> JSON:
+        """POST /v1/compare: one prompt through several variants; `body`: variants, continuation, max_tokens."""
+        return await self._call("POST", "/v1/compare", {"prompt": prompt, **body})
 
     def stream_completions(self, model: str, prompt: Prompt, **body: Any) -> AsyncGenerator[JSON]:
         """The chunks of a streamed completion. To end it early, close the generator (`contextlib.aclosing`)."""

@@ -47,6 +47,10 @@ class SyncOctavoClient:
         """POST /v1/chat/completions."""
         return self._runner.run(self._client.chat(model, messages, **body))
 
+    def compare(self, prompt: str | list[int], **body: Any) -> JSON:
+        """POST /v1/compare."""
+        return self._runner.run(self._client.compare(prompt, **body))
+
     def stream_completions(self, model: str, prompt: Prompt, **body: Any) -> Generator[JSON]:
         """The chunks of a streamed completion. Closing the generator ends the request."""
         return self._chunks(self._client.stream_completions(model, prompt, **body))

@@ -4,6 +4,7 @@
     API process  <--StepOutput (one a step)--             engine    the same pair
     parent       --DropClient, Shutdown-->                engine    the same ROUTER
     API, engine  --EngineReady, EngineReport, ApiReport--> parent    PUSH to PULL, ipc://DIR/report
+    canary       --CanaryReport-->                        parent    the same
     API process  <--Status (twice a second, and at once when something changes)-- parent   PUB to SUB, ipc://DIR/status
 
 DIR is a fresh 0700 directory. Identities: a DEALER's identity is its client id as 4 big-endian bytes; client ids are
@@ -185,6 +186,7 @@ class EngineStats(msgspec.Struct, array_like=True):
 
     step_buckets: finished steps by their wall time (STEP_BOUNDS), which step_seconds sums up. wait_seconds: what of it
     the device stood idle between two batches, waiting for the host. graph_replays: batches through a CUDA graph.
+    compiles: versions of Triton kernels compiled before the engine was ready and since (which should stay 0).
     """
 
     busy_seconds: float
@@ -196,6 +198,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     step_seconds: float = 0.0
     wait_seconds: float = 0.0
     graph_replays: int = 0
+    compiles_before_ready: int = 0
+    compiles_after_ready: int = 0
 
 
 class EngineReady(msgspec.Struct, tag="ready", array_like=True):
@@ -218,12 +222,19 @@ class ApiReport(msgspec.Struct, tag="api", array_like=True):
     deltas: dict[str, float]
 
 
-Report = EngineReady | EngineReport | ApiReport
+class CanaryReport(msgspec.Struct, tag="canary", array_like=True):
+    """What a round of the canary found: figures by variant and name (`server.canary`), and when, in Unix time."""
+
+    figures: dict[str, dict[str, float]]
+    at: float
+
+
+Report = EngineReady | EngineReport | ApiReport | CanaryReport
 
 
 class Status(msgspec.Struct, tag="status", array_like=True):
     """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no
-    heartbeat).
+    heartbeat). canary: its last round, if there is one.
     """
 
     epoch: int
@@ -231,3 +242,4 @@ class Status(msgspec.Struct, tag="status", array_like=True):
     info: EngineInfo | None
     stats: EngineStats | None
     totals: dict[str, float]
+    canary: CanaryReport | None = None

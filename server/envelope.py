@@ -16,6 +16,7 @@ from server.metrics import REJECTED, REQUESTS, Counters
 ENDPOINTS = {
     "/v1/completions": "completions",
     "/v1/chat/completions": "chat",
+    "/v1/compare": "compare",
     "/v1/models": "models",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",

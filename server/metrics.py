@@ -22,7 +22,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import STEP_BOUNDS, WAIT_REASONS, EngineInfo, EngineStats, Status, VariantStats
+from engine.messages import (
+    STEP_BOUNDS,
+    WAIT_REASONS,
+    CanaryReport,
+    EngineInfo,
+    EngineStats,
+    Status,
+    VariantStats,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SEPARATOR = "|"  # between a metric's name and its label values, in the keys of `ApiReport.deltas`
@@ -96,6 +104,14 @@ VARIANT_COUNTERS = {
         ("octavo_prefix_cache_hits", "vllm:prefix_cache_hits"),
         "Prompt tokens found in the prefix cache.",
     ),
+}
+
+CANARY_GAUGES = {
+    "accuracy": "Share of the canary's questions that the variant has right.",
+    "perplexity": "Of the canary's text, a token.",
+    "kl": "Mean divergence from bf16's distribution over the four letters, in nats.",
+    "worse": "1 where the variant is worse than bf16 beyond chance and tolerance, else 0.",
+    "failed": "Requests of the canary's last round without an answer.",
 }
 
 Totals = dict[str, dict[tuple[str, ...], float]]  # metric -> label values -> total
@@ -174,6 +190,8 @@ class StatusCollector(Collector):
             yield from self._histograms(info, totals)
         if info is not None and status.stats is not None:
             yield from self._engine(info, status.stats)
+        if info is not None and status.canary is not None:
+            yield from self._canary(info, status.canary)
 
     def _model_id(self, variant: str) -> str:
         return f"{self.served_name}:{variant}"
@@ -221,6 +239,13 @@ class StatusCollector(Collector):
         ends = {(ids[name], reason): finished.get((name, reason), 0.0) for name in names for reason in FINISH_REASONS}
         yield _counter("vllm:request_success", "Sequences, by how they ended.", ends, "model_name", "finished_reason")
 
+    def _canary(self, info: EngineInfo, report: CanaryReport) -> Iterator[Metric]:
+        known = {v.name: report.figures.get(v.name, {}) for v in info.variants}
+        for key, text in CANARY_GAUGES.items():
+            values = {(name,): figures[key] for name, figures in known.items() if key in figures}
+            yield _gauge(f"octavo_canary_{key}", text, values, "variant")
+        yield _gauge("octavo_canary_timestamp_seconds", "End of the last round, Unix time.", {(): report.at})
+
     def _engine(self, info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
         """The engine's own counts; they begin anew with a new engine."""
         variants = stats.variants
@@ -242,6 +267,8 @@ class StatusCollector(Collector):
         waited = "Time that the device stood idle between two batches: it waited for the host."
         yield _counter("octavo_device_wait_seconds", waited, {(): stats.wait_seconds})
         yield _counter("octavo_graph_replays", "Batches that ran through a CUDA graph.", {(): stats.graph_replays})
+        compiles = {("before_ready",): stats.compiles_before_ready, ("after_ready",): stats.compiles_after_ready}
+        yield _counter("octavo_kernel_compiles", "Triton kernels compiled; none should be after.", compiles, "when")
         yield _gauge(
             "octavo_step_busy_seconds", "How long the present step has been running.", {(): stats.busy_seconds}
         )

@@ -77,22 +77,25 @@ class WeightOnlyLinear:
 @dataclass(frozen=True)
 class W8A8Linear:
     """As WeightOnlyLinear, but each token is quantised to the weight's dtype first, with a scale of its own (one of
-    each group_size inputs), and the product is of 8-bit numbers.
+    each group_size inputs), and the product is of 8-bit numbers. pre_scale: [K] float32, what tokens are multiplied by
+    (in fp32, and so quantised from fp32) before they are quantised, or None.
     """
 
     qdata: Tensor
     scale: Tensor
     bias: Tensor | None = None
     group_size: int = 0
+    pre_scale: Tensor | None = None
 
-    def takes(self, like: Tensor) -> Codes:
+    def takes(self, like: Tensor) -> Codes | None:
         """What spares the product a launch: activations quantised by the operation before it."""
-        return Codes(self.qdata.dtype, self.group_size)
+        return None if self.pre_scale is not None else Codes(self.qdata.dtype, self.group_size)
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""
         if isinstance(x, Tensor):
-            x = Quantised(*kernels.quantize_tokens(x, self.qdata.dtype, self.group_size), x.dtype)
+            tokens = x if self.pre_scale is None else x * self.pre_scale
+            x = Quantised(*kernels.quantize_tokens(tokens, self.qdata.dtype, self.group_size), x.dtype)
         return kernels.w8a8_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
@@ -101,7 +104,7 @@ class W8A8Linear:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.qdata, self.scale, self.bias) if t is not None]
+        return [t for t in (self.qdata, self.scale, self.bias, self.pre_scale) if t is not None]
 
 
 Linear = PlainLinear | WeightOnlyLinear | W8A8Linear

@@ -10,11 +10,19 @@ from server.settings import ServerSettings, load_settings
 
 # A new option is added here on purpose or not at all.
 FLAGS = {
+    "--canary",
+    "--canary-interval",
     "--variants",
+    "--keep-bf16",
+    "--quantize-lm-head",
+    "--smooth-alpha",
+    "--calibration-file",
+    "--cache-dir",
     "--served-model-name",
     "--dtype",
     "--device",
     "--load-format",
+    "--kernels-for",
     "--max-model-len",
     "--max-num-seqs",
     "--max-num-batched-tokens",
@@ -71,7 +79,7 @@ def test_help_lists_every_flag_and_no_other(capsys: pytest.CaptureFixture[str]) 
 
 def test_defaults() -> None:
     s = load_settings(["models/pocket"])
-    assert (s.host, s.port, s.variants, s.api_key, s.model_name) == ("127.0.0.1", 8000, ("bf16",), (), "pocket")
+    assert (s.host, s.port, s.variants, s.api_key, s.model_name) == ("127.0.0.1", 8000, ("auto",), (), "pocket")
 
 
 @pytest.mark.parametrize(("model", "name"), [("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), ("a/b/", "b"), (".", Path.cwd().name)])
@@ -105,6 +113,7 @@ def test_lists_take_commas_and_repetition() -> None:
 def test_engine_config_carries_every_engine_option() -> None:
     argv = "m --variants int8-row --device cpu --dtype float32 --load-format dummy --max-model-len 64 --max-num-seqs 2"
     argv += " --max-num-batched-tokens 32 --block-size 8 --kv-cache-tokens 256 --gpu-memory-utilization 0.5"
+    argv += " --keep-bf16 down_proj --smooth-alpha 0.7 --calibration-file t.txt --cache-dir c"
     c = load_settings([*argv.split(), "--no-prefix-caching", "--threads", "1"]).engine_config(Path("folder"))
     assert (c.model, c.variants, c.device, c.dtype, c.load_format) == (
         "folder",
@@ -114,7 +123,18 @@ def test_engine_config_carries_every_engine_option() -> None:
         "dummy",
     )
     assert (c.max_model_len, c.max_num_seqs, c.max_num_batched_tokens, c.block_size) == (64, 2, 32, 8)
+    assert (c.keep_bf16, c.smooth_alpha) == (("down_proj", "lm_head"), 0.7)
+    assert (c.calibration_file, c.cache_dir) == ("t.txt", "c")
     assert (c.kv_cache_tokens, c.gpu_memory_utilization, c.enable_prefix_caching, c.num_threads) == (256, 0.5, False, 1)
+
+
+def test_the_head_stays_unquantised_unless_asked() -> None:
+    def kept(argv: str) -> tuple[str, ...]:
+        return load_settings(["m", *argv.split()]).engine_config(Path("folder")).keep_bf16
+
+    assert kept("") == ("lm_head",)
+    assert kept("--quantize-lm-head") == ()
+    assert kept("--quantize-lm-head --keep-bf16 o_proj,layers.0.*") == ("o_proj", "layers.0.*")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +162,9 @@ def test_sizes_take_units(word: str, size: int) -> None:
             "--variant-headroom: must be a number of bytes, such as 24GiB or 500MB, got '2Gi'",
         ),
         ("m --gpu-memory 24GiB", "--gpu-memory: is for --dry-run"),
+        ("m --quantize-lm-head --keep-bf16 o_proj,lm_head", "--quantize-lm-head: --keep-bf16 names lm_head"),
+        ("m --smooth-alpha 1.1", "--smooth-alpha: "),
+        ("m --smooth-alpha nan", "--smooth-alpha: "),
         ("m --drain-seconds inf", "--drain-seconds: "),
         ("m --served-model-name a:b", "--served-model-name: must hold no colon"),
         ("m --api-processes 0", "--api-processes: "),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from client.eval.suite import Progress
 from tests.client.conftest import Reply, Stub
 from tests.client.eval.test_data import write_jsonl
 from tests.client.eval.test_mmlu import EXAM
-from tests.server.conftest import MODEL, Served, start, stop
+from tests.server.conftest import VARIANTS, Served, start_faulty, stop
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -216,45 +215,39 @@ def test_time_left_follows_each_task() -> None:
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Served]:
-    """The bundled model with its middle layer's down_proj doubled, as doubled scales would have it."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "pocket"
-    shutil.copytree(MODEL, folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name] = tensors[name] * 2
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    server = start(model=folder)
+    server = start_faulty(tmp_path)
     yield server
     stop(server)
 
 
-def test_a_planted_fault_is_caught(
-    pocket: Served, faulty: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_planted_fault_is_caught(faulty: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By perplexity; on the exam its mark is small, but hundreds of times that of int8-row."""
-    text = ["--limit", "90", "--join", "as-is", "--load", "2x8x4"]
-    assert (
-        main(["suite", *text, "--out", str(tmp_path / "good"), "--url", pocket.url, "--variants", "bf16,int8-row"]) == 0
-    )
-    assert main(["suite", *text, "--out", str(tmp_path / "bad"), "--url", faulty.url]) == 0
-    good, row, bad = (tmp_path / name / "pocket" for name in ("good", "good", "bad"))
-    good, row, bad = good / "bf16", row / "int8-row", bad / "bf16"
-    capsys.readouterr()
-    for file, gate in (("wikitext-windows", "wikitext>bf16+2"), ("wikitext-documents", "wikitext-documents>bf16+5")):
-        base, same, fault = (str(folder / f"{file}.json") for folder in (good, row, bad))
-        assert main(["compare", base, fault, "--fail-if", gate]) == 1
-        assert capsys.readouterr().out.splitlines()[1].endswith("worse")
-        assert main(["compare", base, base, "--fail-if", gate]) == 0
-        assert capsys.readouterr().out.splitlines()[1].endswith("noise")
-        assert main(["compare", base, same, "--fail-if", gate]) == 0
-        capsys.readouterr()
-    exams = [results.load(folder / "mmlu-direct.json") for folder in (good, row, bad)]
+    words = [
+        "suite",
+        "--limit",
+        "90",
+        "--join",
+        "as-is",
+        "--load",
+        "2x8x4",
+        "--out",
+        str(tmp_path),
+        "--url",
+        faulty.url,
+    ]
+    assert main([*words, "--fail-if", "wikitext>bf16+2", "--fail-if", "wikitext-documents>bf16+5"]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("failed: fp8-row: wikitext-") == 2 and "failed: int8-row" not in said.err
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "\n- Not fp8-row: worse than bf16 beyond noise and tolerance in wikitext-windows" in report
+    assert "- int8-row: the smallest without a loss beyond noise" in report
+    base, row, fault = (str(tmp_path / "pocket" / v / "wikitext-windows.json") for v in VARIANTS)
+    for other, verdict in ((base, "noise"), (row, "noise"), (fault, "worse")):
+        assert main(["compare", base, other]) == 0
+        assert capsys.readouterr().out.splitlines()[1].endswith(verdict)
+    exams = [results.load(tmp_path / "pocket" / v / "mmlu-direct.json") for v in VARIANTS]
     same, fault = (compare(exams[0], other) for other in exams[1:])
     assert same.kl is not None and fault.kl is not None and fault.kl > 100 * same.kl
-    report = (tmp_path / "good" / "report.md").read_text(encoding="utf-8")
-    assert "| worse |" not in report and "- int8-row: the smallest without a loss beyond noise" in report
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MMLU and WikiText-2 (shared data) are not here")
