@@ -225,7 +225,11 @@ def test_a_planted_fault_is_caught(faulty: Served, tmp_path: Path, capsys: pytes
     words = [
         "suite",
         "--limit",
-        "90",
+        "60",
+        "--text-limit",
+        "24",
+        "--window",
+        "512",
         "--join",
         "as-is",
         "--load",
