@@ -225,11 +225,7 @@ def test_a_planted_fault_is_caught(faulty: Served, tmp_path: Path, capsys: pytes
     words = [
         "suite",
         "--limit",
-        "60",
-        "--text-limit",
-        "24",
-        "--window",
-        "512",
+        "90",
         "--join",
         "as-is",
         "--load",
