@@ -47,6 +47,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool
     qk_norm: bool
     dtype: str  # the checkpoint's: "bfloat16", "float16" or "float32"
+    own_variant: str  # the format that serves the checkpoint as it is stored
     eos_token_ids: list[int]
     generation: dict[str, float]  # sampling defaults of generation_config.json: temperature, top_p, top_k, …
 
@@ -54,7 +55,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of one engine.
 
-    model: a local folder. variants: names of `quant.formats`; the first is the default. dtype: "auto" is the
+    model: a local folder. variants: names of `quant.formats`; the first is the default; "auto" is the checkpoint as it
+    is stored. keep_bf16: patterns of `quant.formats.kept_matrices`, what no variant quantises. smooth_alpha,
+    calibration_file: of SmoothQuant (`quant.smooth`); no file is the bundled prose. cache_dir: where its factors are
+    kept; empty is the user's cache folder. dtype: "auto" is the
     checkpoint's on a GPU and float32 on a CPU. load_format: "auto" reads safetensors, "dummy" makes random weights from
     the config alone. max_num_batched_tokens: the budget of one step over all variants. max_prefill_beside_decode:
     prefill tokens of a step that also decodes; it bounds the gap between two tokens of a stream. block_size and
@@ -62,11 +66,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     four for one); 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched before
     the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU, decode steps are captured at
     start and replayed. num_threads: of torch on a CPU; 0 is torch's own. variant_headroom: bytes kept free of the KV
-    pool for variants that are added while serving.
+    pool for variants that are added while serving. kernels_for: choose kernels as on another chip, such as "sm_89";
+    empty: the one that is here.
     """
 
     model: str
-    variants: tuple[str, ...] = ("bf16",)
+    variants: tuple[str, ...] = ("auto",)
+    keep_bf16: tuple[str, ...] = ("lm_head",)
+    smooth_alpha: float = 0.5
+    calibration_file: str = ""
+    cache_dir: str = ""
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"
     load_format: str = "auto"
@@ -83,6 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: bool = True
     num_threads: int = 0
     seed: int = 0
+    kernels_for: str = ""
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -129,8 +139,6 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any], source: 
         raise ModelError(f"{source}: use_sliding_window is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
-    if raw.get("quantization_config"):
-        raise ModelError(f"{source}: quantization_config is not supported yet; serve the unquantised checkpoint")
     hidden, heads = need("hidden_size", int), need("num_attention_heads", int)
     kv_heads = raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
@@ -155,6 +163,7 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any], source: 
         qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
         qk_norm=family == "qwen3",
         dtype=str(dtype).removeprefix("torch."),
+        own_variant=_own_variant(raw, source),
         eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [eos],
         generation={
             k: generation[k]
@@ -163,6 +172,24 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any], source: 
         }
         | ({"temperature": 0.0} if generation.get("do_sample") is False else {}),
     )
+
+
+def _own_variant(raw: dict[str, Any], source: str) -> str:
+    """The format that a checkpoint is stored in: unquantised, or as Qwen's own FP8 ones are."""
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return "bf16"
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{source}: quantization_config must be an object, got {quantization!r}")
+    known = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    for key, value in known.items():
+        found = quantization.get(key, value if key in ("activation_scheme", "fmt") else None)
+        if found != value:
+            raise ModelError(
+                f"{source}: quantization_config.{key} {found!r} is not supported, only {value!r}: serve the "
+                "unquantised checkpoint"
+            )
+    return "w8a8-fp8-block"
 
 
 def _rope(raw: dict[str, Any], source: str) -> tuple[float, YarnScaling | None]:

@@ -8,6 +8,7 @@ finished costs one token that is dropped.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from bisect import bisect_left
@@ -19,6 +20,7 @@ import torch
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
+from engine.kernels import chip, compiles
 from engine.messages import (
     STEP_BOUNDS,
     AddRequest,
@@ -33,10 +35,13 @@ from engine.messages import (
     unpack_ids,
 )
 from engine.phases import PhaseClock
+from engine.quant.formats import AUTO
 from engine.runner import Flight, PhaseTimer, Runner, VariantFlight, pick_device
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.weights import count_token_ids
+
+log = logging.getLogger("octavo.engine")
 
 
 @dataclass
@@ -64,6 +69,12 @@ class Engine:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         known = count_token_ids(config.model)
+        if config.kernels_for:
+            chip.choose_as(config.kernels_for)
+        self._compiled = compiles.watch() if pick_device(config.device).type == "cuda" else []
+        self._compiles_seen = len(self._compiled)  # the rest of them are this engine's
+        self.compiles_before_ready = 0
+        self.compiled_after_ready: list[str] = []  # names of Triton kernels; each made a step wait
         self.num_ids = min(known or model_config.vocab_size, model_config.vocab_size)
         self.runner = Runner(config, model_config, self.num_ids)
         self.eos_token_ids = frozenset(i for i in model_config.eos_token_ids if i < self.num_ids)
@@ -85,6 +96,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._last_done = 0.0
         self._last_batch: PhaseTimer | None = None  # None when the device had nothing to do since
+        self.note_compiles(before_ready=True)
 
     @property
     def info(self) -> EngineInfo:
@@ -159,8 +171,18 @@ class Engine:
             for share in flight.variants:
                 self._take(share, result)
             self._count_step(flight)
+        self.note_compiles(before_ready=False)
         self.step_started = None
         return result
+
+    def note_compiles(self, before_ready: bool) -> None:
+        """Count the Triton kernels compiled since the last call. before_ready: nothing served waited for them."""
+        new, self._compiles_seen = self._compiled[self._compiles_seen :], len(self._compiled)
+        if before_ready:
+            self.compiles_before_ready += len(new)
+        elif new:
+            self.compiled_after_ready += new
+            log.warning("a step waited for the compiler: %s", ", ".join(new))
 
     def stats(self) -> EngineStats:
         """A snapshot; safe to call from another thread, whose numbers may then be a step apart."""
@@ -192,6 +214,8 @@ class Engine:
             step_seconds=self.step_seconds,
             wait_seconds=self.wait_seconds,
             graph_replays=self.runner.num_replays,
+            compiles_before_ready=self.compiles_before_ready,
+            compiles_after_ready=len(self.compiled_after_ready),
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -285,7 +309,8 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
     """The configuration with every default that depends on the machine or the checkpoint filled in."""
     if not config.variants:
         raise ModelError("variants must name at least one variant")
-    if len(set(config.variants)) < len(config.variants):
+    variants = tuple(model_config.own_variant if name == AUTO else name for name in config.variants)
+    if len(set(variants)) < len(variants):
         raise ModelError(f"a variant is named twice in {','.join(config.variants)}")
     if config.max_model_len > model_config.max_position_embeddings:
         raise ModelError(
@@ -294,6 +319,7 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     return msgspec.structs.replace(
         config,
+        variants=variants,
         max_num_batched_tokens=max(budget, config.max_num_seqs),
         overlap=on_gpu if config.overlap is None else config.overlap,
     )

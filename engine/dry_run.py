@@ -14,8 +14,8 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
 from engine.core import complete
-from engine.memory import CONTEXT_BYTES, DeviceMemory, MemoryPlan, plan_memory, planned_weights
-from engine.quant.formats import Format, parse_format
+from engine.memory import CONTEXT_BYTES, META, DeviceMemory, MemoryPlan, plan_memory, planned_weights
+from engine.quant.formats import Format, kept_matrices, parse_format
 from engine.quant.variants import check_device
 from engine.runner import pick_device, pick_dtype
 from engine.weights import open_checkpoint
@@ -31,18 +31,19 @@ class DryRunConfig(msgspec.Struct, frozen=True, kw_only=True):
 def dry_run(config: DryRunConfig) -> str:
     """The plan as text. Raises ModelError for what does not fit or cannot be served."""
     model_config = load_model_config(config.engine.model)
-    formats = [parse_format(name) for name in config.engine.variants]
     device = torch.device("cuda") if config.gpu_memory else pick_device(config.engine.device)
     memory, name = None, "a CPU"
     if config.gpu_memory:
         memory, name = DeviceMemory(config.gpu_memory, CONTEXT_BYTES), f"a GPU of {_size(config.gpu_memory)}"
     elif device.type == "cuda":
-        check_device(formats, device)
         free, total = torch.cuda.mem_get_info(device)
         memory, name = DeviceMemory(total, total - free), torch.cuda.get_device_name(device)
     engine = complete(config.engine, model_config, device.type == "cuda")
-    plan = planned(engine, model_config, formats, pick_dtype(engine.dtype, model_config.dtype, device), memory)
-    return plan_text(engine, plan, name, pick_dtype(engine.dtype, model_config.dtype, device))
+    formats = [parse_format(name) for name in engine.variants]
+    if not config.gpu_memory:
+        check_device(formats, device)
+    dtype = pick_dtype(engine.dtype, model_config.dtype, device)
+    return plan_text(engine, planned(engine, model_config, formats, dtype, memory), name, dtype)
 
 
 def planned(
@@ -53,8 +54,9 @@ def planned(
     memory: DeviceMemory | None,
 ) -> MemoryPlan:
     """The plan of a completed configuration, without loading."""
-    with open_checkpoint(config.model, config.load_format, model_config, dtype, torch.device("cpu")) as checkpoint:
-        weights = planned_weights(model_config, checkpoint, formats, dtype)
+    kept = kept_matrices(config.keep_bf16, model_config.num_layers)
+    with open_checkpoint(config.model, config.load_format, model_config, dtype, META) as shapes:
+        weights = planned_weights(model_config, shapes, formats, dtype, kept)
     return plan_memory(config, model_config, formats, dtype, weights, memory)
 
 

@@ -18,7 +18,7 @@ from engine.block_manager import hash_blocks, prefix_seed
 from engine.config import EngineConfig, ModelError
 from engine.core import Engine, StepResult
 from engine.messages import AddRequest, Logprobs, pack_ids
-from engine.quant.formats import parse_format
+from engine.quant.formats import AUTO, parse_format
 from engine.sequence import SamplingParams, check_params
 from engine.text import Detokenizer, StopMatcher, TokenTable
 
@@ -95,7 +95,7 @@ class LLM:
             raise ModelError("tensor_parallel_size above 1 is not supported")
         if options.pop("enforce_eager", False):
             options["cuda_graphs"] = False
-        names = tuple(parse_format(v).name for v in variants or ["bf16"])
+        names = tuple(v if v == AUTO else parse_format(v).name for v in variants or [AUTO])
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:
             raise ModelError(

@@ -113,7 +113,7 @@ def errors(shape: tuple[int, int], seed: int, device: str) -> Iterator[tuple[str
     x = x[:_PRODUCT_ROWS]
     true = x @ w.T
     for f in FORMATS.values():
-        if f.weight is None or f.granularity is None or f.fake:
+        if f.weight is None or f.granularity is None or f.fake or f.smooth:  # smoothing needs outliers to act on
             continue
         dtype = getattr(torch, f.weight)
         qdata, scale = quantize(w, dtype, f.granularity)

@@ -19,8 +19,9 @@ from engine.quant.formats import Format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.variants import build_variants
 from engine.sampling import NUM_FLOATS, NUM_INTS
-from engine.weights import DummyCheckpoint, SafetensorsCheckpoint, ShapeCheckpoint
+from engine.weights import Checkpoint
 
+META = torch.device("meta")  # shapes without values
 CPU_KV_BYTES = 1 << 30  # the pool's default size on a CPU
 MAX_GRAPH_SIZE = 512  # sequences; larger decode batches run without a graph
 PROMPT_LOGPROB_ROWS = 256  # prompt positions that go through the head at one time
@@ -64,10 +65,13 @@ class MemoryPlan:
 
 
 def planned_weights(
-    config: ModelConfig, whole: SafetensorsCheckpoint | DummyCheckpoint, formats: list[Format], dtype: torch.dtype
+    config: ModelConfig, shapes: Checkpoint, formats: list[Format], dtype: torch.dtype, kept: frozenset[str]
 ) -> WeightBytes:
-    """What the variants of these formats will hold: the loader's own work, on shapes. Raises ModelError as it does."""
-    variants = build_variants(config, ShapeCheckpoint(whole), formats, 1, torch.device("meta"), dtype)
+    """What the variants of these formats will hold: the loader's own work, on shapes. Raises ModelError as it does.
+
+    shapes: a checkpoint opened for the meta device. kept: `formats.kept_matrices`.
+    """
+    variants = build_variants(config, shapes, formats, 1, META, dtype, kept)
     return count_bytes({name: variant.model for name, variant in variants.items()})
 
 

@@ -186,6 +186,7 @@ class EngineStats(msgspec.Struct, array_like=True):
 
     step_buckets: finished steps by their wall time (STEP_BOUNDS), which step_seconds sums up. wait_seconds: what of it
     the device stood idle between two batches, waiting for the host. graph_replays: batches through a CUDA graph.
+    compiles: versions of Triton kernels compiled before the engine was ready and since (which should stay 0).
     """
 
     busy_seconds: float
@@ -197,6 +198,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     step_seconds: float = 0.0
     wait_seconds: float = 0.0
     graph_replays: int = 0
+    compiles_before_ready: int = 0
+    compiles_after_ready: int = 0
 
 
 class EngineReady(msgspec.Struct, tag="ready", array_like=True):

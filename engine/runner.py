@@ -7,7 +7,7 @@ between reads a device value on the host, so that the next step can be scheduled
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,17 +17,26 @@ from engine.batch import Assembled, Tables, assemble, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
 from engine.kv_pool import KVPool, tokens_per_block
-from engine.memory import MAX_GRAPH_SIZE, PROMPT_LOGPROB_ROWS, DeviceMemory, MemoryPlan, plan_memory, planned_weights
+from engine.memory import (
+    MAX_GRAPH_SIZE,
+    META,
+    PROMPT_LOGPROB_ROWS,
+    DeviceMemory,
+    MemoryPlan,
+    plan_memory,
+    planned_weights,
+)
 from engine.mixed_graphs import MixedGraphs
 from engine.models.qwen import Qwen
-from engine.quant.formats import Format, parse_format
+from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
+from engine.quant.smooth import smoothing_for
 from engine.quant.variants import Variant, build_variants
-from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample
+from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample, warm_up
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
-from engine.weights import DummyCheckpoint, SafetensorsCheckpoint, open_checkpoint
+from engine.weights import Checkpoint, open_checkpoint
 
 WARM_UP_ROWS = (5, 40, 300)
 
@@ -117,6 +126,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         formats = [parse_format(name) for name in config.variants]
+        self.kept = kept_matrices(config.keep_bf16, model_config.num_layers)
         max_len = config.max_model_len or model_config.max_position_embeddings
         if self.device.type == "cuda":  # sooner than by running out of memory
             self._allocated_before = torch.cuda.memory_allocated(self.device)
@@ -148,23 +158,41 @@ class Runner:
     def _warm_up(self) -> None:
         """Run each variant once for each range of rows that has kernels of its own, so that none compiles later."""
         spare = self.tables.tokens.shape[0] - 1
-        for size in WARM_UP_ROWS:
-            batch = prefill_batch(spare, min(size, self.max_model_len), self.tables)
+        batches = [prefill_batch(spare, min(size, self.max_model_len), self.tables) for size in WARM_UP_ROWS]
+        prompt = batches[-1]
+        contexts = prompt.plan.context_lens_host + self.max_model_len  # as of a later part of a prompt: see `kv_widen`
+        batches.append(replace(prompt, plan=replace(prompt.plan, context_lens_host=contexts)))
+        for batch in batches:
             for name, variant in self.variants.items():
                 variant.model.forward(batch, self.kv[name])
+        t = self.tables
+        logits = torch.zeros(1, self.model_config.vocab_size, dtype=self.dtype, device=self.device)
+        warm_up(logits, t.floats, t.ints, t.tokens, self.num_ids)
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
-        with self._checkpoint() as checkpoint:
-            return build_variants(self.model_config, checkpoint, formats, max_len, self.device, self.dtype)
+        c, config, device, dtype = self.model_config, self.config, self.device, self.dtype
+        with self._checkpoint(device) as checkpoint:
+            smoothing = None
+            if any(f.smooth for f in formats) and config.load_format != "dummy":
+                bf16 = FORMATS["bf16"]
+                smoothing = smoothing_for(
+                    config,
+                    c,
+                    checkpoint.identity(),
+                    lambda: build_variants(c, checkpoint, [bf16], max_len, device, dtype)[bf16.name].model,
+                    device,
+                    dtype,
+                )
+            return build_variants(c, checkpoint, formats, max_len, device, dtype, self.kept, smoothing)
 
-    def _checkpoint(self) -> SafetensorsCheckpoint | DummyCheckpoint:
+    def _checkpoint(self, device: torch.device) -> Checkpoint:
         c = self.config
-        return open_checkpoint(c.model, c.load_format, self.model_config, self.dtype, self.device)
+        return open_checkpoint(c.model, c.load_format, self.model_config, self.dtype, device)
 
     def _planned_weights(self, formats: list[Format]) -> WeightBytes:
-        with self._checkpoint() as checkpoint:
-            return planned_weights(self.model_config, checkpoint, formats, self.dtype)
+        with self._checkpoint(META) as checkpoint:
+            return planned_weights(self.model_config, checkpoint, formats, self.dtype, self.kept)
 
     def _plan(self, formats: list[Format], weights: WeightBytes) -> MemoryPlan:
         """Size the KV pool for these weights, loaded or yet to be loaded."""
@@ -314,7 +342,7 @@ class Runner:
         where = to_device(np.array(targets).T, self.device)  # [2, positions]
         tokens = self.tables.tokens[where[0], where[1]].long()
         chunks = [
-            gather_logprobs(model.logits(hidden[i]).float(), t, top, self.num_ids, [])
+            gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
             for i, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (index, tokens)), strict=True)
         ]
         return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))

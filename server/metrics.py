@@ -267,6 +267,8 @@ class StatusCollector(Collector):
         waited = "Time that the device stood idle between two batches: it waited for the host."
         yield _counter("octavo_device_wait_seconds", waited, {(): stats.wait_seconds})
         yield _counter("octavo_graph_replays", "Batches that ran through a CUDA graph.", {(): stats.graph_replays})
+        compiles = {("before_ready",): stats.compiles_before_ready, ("after_ready",): stats.compiles_after_ready}
+        yield _counter("octavo_kernel_compiles", "Triton kernels compiled; none should be after.", compiles, "when")
         yield _gauge(
             "octavo_step_busy_seconds", "How long the present step has been running.", {(): stats.busy_seconds}
         )

@@ -28,6 +28,7 @@ from pydantic_settings import (
 )
 
 from engine.config import EngineConfig
+from engine.quant.formats import HEAD
 
 PROG = "octavo-serve"
 ENV_PREFIX = "OCTAVO_"
@@ -106,11 +107,31 @@ class ServerSettings(BaseSettings):
 
     model: str = _option("", "The model", "a folder, or a hub id such as Qwen/Qwen3-1.7B", "MODEL")
     variants: Names = _option(
-        ("bf16",),
+        ("auto",),
         "The model",
-        "precisions to hold side by side; the first is the default; +kv8 or +kvint8 after any: an 8-bit KV cache",
+        "precisions to hold side by side; the first is the default; auto: bf16, or w8a8-fp8-block if MODEL is stored "
+        "in it; +kv8 or +kvint8 after any: an 8-bit KV cache",
         "NAME,…",
         min_length=1,
+    )
+    keep_bf16: Names = _option(
+        (),
+        "The model",
+        "matrices that no variant quantises, beside the head: qkv_proj, o_proj, gate_up_proj, down_proj, "
+        "layers.0.down_proj, layers.0.*",
+        "NAME,…",
+    )
+    quantize_lm_head: bool = _option(
+        False, "The model", "quantise the output head too; if it is the embedding, it gets a copy of its own"
+    )
+    smooth_alpha: float = _option(
+        0.5, "The model", "of SmoothQuant: how much of an outlier moves into the weights", "SHARE", ge=0, le=1
+    )
+    calibration_file: str = _option(
+        "", "The model", "text that SmoothQuant calibrates with; default: the bundled prose", "FILE"
+    )
+    cache_dir: str = _option(
+        "", "The model", "where what calibration finds is kept; default: octavo in the user's cache folder", "FOLDER"
     )
     served_model_name: Annotated[str, AfterValidator(_served_name)] = _option(
         "", "The model", "name in requests; default: the last part of MODEL", "NAME"
@@ -119,6 +140,9 @@ class ServerSettings(BaseSettings):
         "auto", "The model", "what bf16 computes in; auto: the checkpoint's on a GPU, float32 on a CPU"
     )
     device: Annotated[str, AfterValidator(_device)] = _option("auto", "The model", "auto, cpu, cuda or cuda:N", "NAME")
+    kernels_for: Literal["", "sm_80", "sm_86", "sm_89", "sm_90"] = _option(
+        "", "The model", "choose kernels as on another, older chip; default: the one that is here"
+    )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "The model", "dummy: random weights, made from the configuration alone"
     )
@@ -209,9 +233,14 @@ class ServerSettings(BaseSettings):
         return EngineConfig(
             model=str(folder),
             variants=self.variants,
+            keep_bf16=self.keep_bf16 if self.quantize_lm_head else (*self.keep_bf16, HEAD),
+            smooth_alpha=self.smooth_alpha,
+            calibration_file=self.calibration_file,
+            cache_dir=self.cache_dir,
             device=self.device,
             dtype=self.dtype,
             load_format=self.load_format,
+            kernels_for=self.kernels_for,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -240,6 +269,8 @@ def load_settings(argv: list[str]) -> ServerSettings:
         _fail("name a model: a folder, such as models/pocket, or a hub id. --help lists all options")
     if settings.gpu_memory and not settings.dry_run:
         _fail("--gpu-memory: is for --dry-run; a server takes --gpu-memory-utilization of the GPU that is here")
+    if settings.quantize_lm_head and HEAD in settings.keep_bf16:
+        _fail(f"--quantize-lm-head: --keep-bf16 names {HEAD}; give one of the two")
     return settings
 
 

@@ -45,7 +45,7 @@ from engine.messages import (
     Shutdown,
     Status,
 )
-from engine.quant.formats import parse_format
+from engine.quant.formats import AUTO, parse_format
 from server.api_config import ApiConfig
 from server.checkpoint import check_checkpoint, resolve_model
 from server.child import Child
@@ -421,7 +421,8 @@ def _check_variants(names: Sequence[str]) -> None:
     """Refuse an unknown variant now, not after the engine has loaded torch."""
     try:
         for name in names:
-            parse_format(name)
+            if name != AUTO:
+                parse_format(name)
     except ValueError as e:
         raise StartError(str(e)) from None
 

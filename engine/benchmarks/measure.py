@@ -27,7 +27,7 @@ import torch
 from engine.benchmarks import machine, works
 from engine.benchmarks.limits import Limits
 from engine.benchmarks.works import Bench, Figure
-from engine.config import load_model_config
+from engine.config import ModelConfig, load_model_config
 from engine.llm import LLM
 from engine.quant.formats import parse_format
 from engine.runner import pick_device, pick_dtype
@@ -65,12 +65,7 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     config = load_model_config(args.model)
     scale = pick_scale(args.scale, device)
-    longest = works.longest(chosen, scale)
-    if longest > config.max_position_embeddings:
-        raise SystemExit(
-            f"the works need {longest} tokens a sequence, the checkpoint allows {config.max_position_embeddings}: "
-            "name others with --works or divide the lengths with --scale"
-        )
+    check_lengths(chosen, scale, config)
     rates = machine.measure_rates(device, pick_dtype(args.dtype, config.dtype, device))
     print("\n".join(describe(device, rates)))
     found: dict[str, list[Figure]] = {}
@@ -105,6 +100,15 @@ def main(args: argparse.Namespace) -> None:
 
 def pick_scale(scale: int, device: torch.device) -> int:
     return scale or (1 if device.type == "cuda" else CPU_SCALE)
+
+
+def check_lengths(chosen: list[str], scale: int, config: ModelConfig) -> None:
+    longest = works.longest(chosen, scale)
+    if longest > config.max_position_embeddings:
+        raise SystemExit(
+            f"the works need {longest} tokens a sequence, the checkpoint allows {config.max_position_embeddings}: "
+            "name others with --works or divide the lengths with --scale"
+        )
 
 
 def load(model: str, variants: list[str], chosen: list[str], **options: Any) -> LLM:

@@ -28,6 +28,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "decode_inputs",
+    "digits_matmul",
     "draw",
     "gated",
     "linear",
@@ -36,6 +37,9 @@ __all__ = [
     "rms_norm",
     "rope_and_store",
     "silu_mul",
+    "split_tokens",
+    "survey",
+    "takes_digits",
     "w8a8_matmul",
     "weight_only_matmul",
 ]
@@ -82,15 +86,18 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Codes:
-    """What a product wants its activations in: `dtype`, int8 or float8_e4m3fn, as `quantize_tokens` gives them."""
+    """What a product wants its activations in: `dtype`, int8 or float8_e4m3fn, as `quantize_tokens` gives them, or, of
+    two digits, as `split_tokens` does.
+    """
 
     dtype: torch.dtype
     group_size: int = 0
+    digits: int = 1
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Activations in 8 bits: qdata [M, K], scale [M, G] fp32, and the dtype that products of them come back in."""
+    """Activations in 8 bits: qdata [M * digits, K], scale [M, G] fp32, and the dtype of what is made of them."""
 
     qdata: Tensor
     scale: Tensor
@@ -98,12 +105,16 @@ class Quantised:
 
 
 def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.NDArray[np.int32]:
-    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, in order, past `num_decodes`."""
+    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, of those past num_decodes.
+
+    Those furthest into their sequence come first: they see most and take longest, and the last to run leave no SM idle.
+    """
     counts = -(-query_lens_host[num_decodes:] // PREFILL_TILE)
     sequences = np.repeat(np.arange(num_decodes, len(query_lens_host)), counts)
     firsts = np.cumsum(counts) - counts
     offsets = (np.arange(len(sequences)) - np.repeat(firsts, counts)) * PREFILL_TILE
-    return np.stack([sequences, offsets], axis=1).astype(np.int32)
+    order = np.argsort(-offsets, kind="stable")
+    return np.stack([sequences[order], offsets[order]], axis=1).astype(np.int32)
 
 
 def decode_inputs(
@@ -183,6 +194,8 @@ def silu_mul(gate_up: Tensor, codes: Codes | None = None) -> Tensor | Quantised:
 def _quantised(x: Tensor, codes: Codes | None) -> Tensor | Quantised:
     if codes is None:
         return x
+    if codes.digits == 2:
+        return Quantised(*reference.split_tokens(x, codes.dtype), x.dtype)
     return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size), x.dtype)
 
 
@@ -231,6 +244,7 @@ def draw(
     logits: Tensor,
     temperature: Tensor,
     thresholds: Tensor | None,
+    top_p: Tensor | None,
     seed_low: Tensor,
     seed_high: Tensor,
     positions: Tensor,
@@ -239,14 +253,28 @@ def draw(
     """One id a row by Gumbel-max -> [B] int64: the arg max of logit / temperature + noise, of the logit alone at 0.
 
     logits: [B, V] in any floating dtype. temperature: [B] fp32. thresholds: [B] fp32, ids whose logit is below are not
-    drawn (temperature 0 ignores them). The noise is a hash of (seed [B] as two int32, position [B] int32, id). Ids from
-    num_ids on are never drawn.
+    drawn (temperature 0 ignores them). top_p: [B] fp32, an id is drawn only if the mass of the ids with larger logits,
+    at this temperature and whatever the thresholds, is below this part of all (Holtzman et al., 2020, arXiv:1904.09751;
+    ids that tie with the last one stay); 1 is off. The noise is a hash of (seed [B] as two int32, position [B] int32,
+    id). Ids from num_ids on are never drawn and have no mass.
     """
     if logits.is_cuda:
         from engine.kernels import sample
 
-        return sample.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
-    return reference.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
+        return sample.draw(logits, temperature, thresholds, top_p, seed_low, seed_high, positions, num_ids)
+    return reference.draw(logits, temperature, thresholds, top_p, seed_low, seed_high, positions, num_ids)
+
+
+def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits[B, V] -> log of the sum of exp over V [B], the k largest values among the first num_ids ids, falling
+    [B, k], both fp32, and their ids [B, k] int64. Ties fall in any order.
+    """
+    if logits.is_cuda:
+        from engine.kernels import ranking
+
+        if k <= ranking.LARGEST_K:
+            return ranking.survey(logits, k, num_ids)
+    return reference.survey(logits, k, num_ids)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -300,6 +328,49 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
 
         return convert.quantize_tokens(x, dtype, group_size)
     return reference.quantize_tokens(x, dtype, group_size)
+
+
+def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x[M, K] in two digits of `dtype`, int8 or float8_e4m3fn -> [2M, K], scale[M, 1] fp32. Rows 2m and 2m + 1 are the
+    high and low digits of row m, which is, but for rounding, scale[m] * (high + low / 254), or / 16 in fp8.
+
+    int8: the largest magnitude is 127, so what is lost is at most 2^-16 of it. fp8: the scale is the smallest power of
+    two with which nothing exceeds 448; 16-bit floats with 8 significant bits (bf16) lose nothing above 2^-14 of the
+    largest, and what is lost below is at most 2^-22 of it.
+    """
+    if x.is_cuda:
+        from engine.kernels import convert
+
+        return convert.split_tokens(x, dtype)
+    return reference.split_tokens(x, dtype)
+
+
+def digits_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+) -> Tensor:
+    """`weight_only_matmul` of what x[2M, K], x_scale[M, 1] of `split_tokens` stand for -> [M, N] in `dtype`."""
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+    return reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+
+
+def takes_digits(x: Tensor, stored: torch.dtype) -> bool:
+    """Whether `weight_only_matmul` splits x[M, K] in digits before it meets weights of `stored`, which whoever makes x
+    may then do at once.
+    """
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.takes_digits(x, stored)
+    return False
 
 
 def w8a8_matmul(

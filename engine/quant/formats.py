@@ -6,9 +6,16 @@ any letter case are accepted. No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 BLOCK = 128  # side of a weight block, and inputs of one activation scale beside it
+HEAD = "lm_head"
+MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a layer, as they are multiplied
+AUTO = "auto"  # in a list of variants: the checkpoint as it is stored
+
+Stored = tuple[str | None, str | None, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Format:
     activation: dtype that activations are quantised to before the product, with a scale of each token (of each 128
     inputs of a token beside "block") found as they come; None multiplies in the computing dtype.
     fake: quantise and dequantise at load, then multiply as if unquantised.
+    smooth: SmoothQuant (`engine.quant.smooth`): inputs are divided by a factor of each channel before they are
+    quantised, and weights multiplied by it.
     kv: dtype of the KV cache, a torch name, whose scale is fp32, one for each token and head; None is the computing
     dtype and has no scale.
     """
@@ -34,6 +43,7 @@ class Format:
     granularity: str | None = None
     activation: str | None = None
     fake: bool = False
+    smooth: bool = False
     kv: str | None = None
 
     @property
@@ -42,9 +52,9 @@ class Format:
         return group_size(self.granularity)
 
     @property
-    def stored(self) -> tuple[str | None, str | None, bool]:
+    def stored(self) -> Stored:
         """What the bytes of a stored matrix depend on: variants that agree in this hold one copy."""
-        return self.weight, self.granularity, self.fake
+        return self.weight, self.granularity, self.fake, self.smooth
 
 
 def group_size(granularity: str | None) -> int:
@@ -64,7 +74,8 @@ def _all_formats() -> list[Format]:
     fake = [Format(f"{f.name}-fake", f.weight, f.granularity, fake=True) for f in weight_only]
     w8a8 = [("int8", "row"), ("fp8", "row"), ("fp8", "tensor"), ("fp8", "block")]
     quantised = [Format(f"w8a8-{s}-{g}", _DTYPES[s], g, activation=_DTYPES[s]) for s, g in w8a8]
-    return [Format("bf16"), *weight_only, *fake, *quantised]
+    smooth = [replace(f, name=f"{f.name}-smooth", smooth=True) for f in quantised if f.granularity == "row"]
+    return [Format("bf16"), *weight_only, *fake, *quantised, *smooth]
 
 
 FORMATS: dict[str, Format] = {f.name: f for f in _all_formats()}
@@ -78,3 +89,22 @@ def parse_format(name: str) -> Format:
         known = f"{', '.join(FORMATS)}; each also with {' or '.join(KV_SUFFIXES)}"
         raise ValueError(f"unknown variant {name!r}; supported: {known}")
     return replace(FORMATS[base], name=key, kv=KV_SUFFIXES[plus + kv]) if plus else FORMATS[base]
+
+
+def kept_matrices(patterns: Sequence[str], num_layers: int) -> frozenset[str]:
+    """Names of the matrices that stay unquantised in every variant, "lm_head" and "layers.N.NAME" with one of MATRICES.
+
+    A pattern is a name, with or without its layer; * and ? stand for what they do in file names. Raises ValueError for
+    one that fits nothing.
+    """
+    names = [HEAD, *(f"layers.{i}.{name}" for i in range(num_layers) for name in MATRICES)]
+    kept: set[str] = set()
+    for pattern in patterns:
+        fitting = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[2], pattern)}
+        if not fitting:
+            raise ValueError(
+                f"keep_bf16: {pattern!r} names no matrix; names: {HEAD}, {', '.join(MATRICES)}, each of the last four "
+                f"also of one layer, layers.0.{MATRICES[0]} to layers.{num_layers - 1}.{MATRICES[-1]}; * fits anything"
+            )
+        kept |= fitting
+    return frozenset(kept)

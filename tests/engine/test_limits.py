@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import bench
 from engine.benchmarks.limits import Limits, Product
+from engine.benchmarks.twins import compare
 from engine.benchmarks.works import longest, most_sequences, parse_works
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
@@ -62,17 +64,35 @@ def test_works_too_long_for_the_checkpoint_are_refused() -> None:
         bench.main(["limits", str(POCKET), "--works", "mixed256,prefill", "--scale", "1", "--device", "cpu"])
 
 
-def test_limits_of_two_variants(
+def test_every_work_of_a_variant(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "limits.json"
     options = ["--works", "decode_b2,prefill,mixed256,linears", "--scale", "64", "--rounds", "1", "--threads", "1"]
-    bench.main(["limits", str(checkpoint("qwen3")), "--variants", "bf16,int8-row+kv8", *options, "--json", str(file)])
+    bench.main(["limits", str(checkpoint("qwen3")), "--variants", "int8-row+kv8", *options, "--json", str(file)])
     written = json.loads(file.read_text())
-    assert list(written["variants"]) == ["bf16", "int8-row+kv8"]
     rows = [f"linears, {n} rows" for n in (1, 8, 32, 128, 256, 128)]
-    for figures in written["variants"].values():
-        assert [f["work"] for f in figures] == ["decode_b2", "prefill", "mixed256", *rows]
-        assert all(f["measured"] > 0 and f["limit"] > 0 and f["fraction"] > 0 for f in figures)
+    figures = written["variants"]["int8-row+kv8"]
+    assert [f["work"] for f in figures] == ["decode_b2", "prefill", "mixed256", *rows]
+    assert all(f["measured"] > 0 and f["limit"] > 0 and f["fraction"] > 0 for f in figures)
     assert written["rates"]["copy"] > 0 and "float32" in written["rates"]["products"]
     assert "measured / limit" in capsys.readouterr().out
+
+
+def test_selfcheck_reports_the_whole(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--variants", "bf16,w8a8-fp8-row+kv8,int8-g64+kvint8", "--works", "decode_b2,linears", "--scale", "64"]
+    bench.main(["selfcheck", str(checkpoint("qwen2")), *options, "--device", "cpu"])
+    report = capsys.readouterr().out
+    assert "no kernel of a GPU was run" in report and "KV pool" in report and "FAILED" not in report
+    assert "66 of 66 comparisons within bounds" in report
+    assert report.count("| decode_b2 |") == 3 and report.count("linears, 8 rows") == 3
+    assert "0 kernels compiled before ready, 0 after." in report
+
+
+def test_a_comparison_knows_wrong_numbers() -> None:
+    right = torch.randn(30, 40)
+    assert compare("", right.bfloat16(), right, torch.bfloat16).passed
+    one_row_missing = right.clone()
+    one_row_missing[7] = 0
+    for wrong in (one_row_missing, right * 1.02, right.roll(1), right * torch.nan):
+        assert not compare("", wrong, right, torch.bfloat16).passed

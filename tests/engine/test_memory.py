@@ -17,14 +17,13 @@ from engine import LLM
 from engine.config import EngineConfig, ModelError, load_model_config
 from engine.core import complete
 from engine.dry_run import DryRunConfig, dry_run, planned
-from engine.memory import DeviceMemory, MemoryPlan, planned_weights
-from engine.quant.formats import parse_format
+from engine.memory import META, DeviceMemory, MemoryPlan, planned_weights
+from engine.quant.formats import HEAD, parse_format
 from engine.quant.memory import count_bytes
 from engine.weights import DummyCheckpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "models" / "pocket"
-CPU = torch.device("cpu")
 QWEN3_1_7B = {
     "model_type": "qwen3",
     "vocab_size": 151936,
@@ -60,7 +59,8 @@ def plan(folder: Path, memory: DeviceMemory | None, variants: str, **options: ob
 @pytest.mark.parametrize(("variants", "most"), [("bf16,int8-row,fp8-row", (3.44 + 2 * 1.41) * 1.03), ("int8-row", 2.1)])
 def test_a_whole_qwen_takes_what_it_may(qwen: Path, variants: str, most: float) -> None:
     config, formats = load_model_config(qwen), [parse_format(v) for v in variants.split(",")]
-    weights = planned_weights(config, DummyCheckpoint(config, torch.bfloat16, CPU), formats, torch.bfloat16)
+    shapes = DummyCheckpoint(config, torch.bfloat16, META)
+    weights = planned_weights(config, shapes, formats, torch.bfloat16, frozenset({HEAD}))
     assert 0.95 * most < weights.total / 1e9 < most
 
 
@@ -169,14 +169,15 @@ def test_loading_streams(tmp_path: Path) -> None:
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_1_7B | shape))
     config = load_model_config(tmp_path)
-    tensors = {}
+    tensors, dummy = {}, DummyCheckpoint(config, torch.bfloat16, torch.device("cpu"))
 
     class Recorded(DummyCheckpoint):
-        def shape(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            tensors[name] = self.load(name, shape)
-            return super().shape(name, shape)
+        def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            tensors[name] = dummy.load(name, shape)
+            return super().load(name, shape)
 
-    planned_weights(config, Recorded(config, torch.bfloat16, CPU), [parse_format("bf16")], torch.bfloat16)
+    recorded = Recorded(config, torch.bfloat16, META)
+    planned_weights(config, recorded, [parse_format("bf16")], torch.bfloat16, frozenset())
     save_file(tensors, tmp_path / "model.safetensors")
     argv = [sys.executable, "-c", PEAK, str(tmp_path), "bf16,int8-row"]
     # freed memory goes back at once, so that the peak is of what is alive

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from loadtest.compare import compare_files, quantile
 from loadtest.drive import Tally
 from loadtest.measure import main
-from loadtest.plot import Line, plot
+from loadtest.plot import Line, Plot, svg
 from loadtest.settings import Settings, parse_slo
 from loadtest.stream import Reading, Record, StreamError
 from loadtest.summary import histogram, stats, summarize, timeline
@@ -142,7 +143,7 @@ def test_ctrl_c_saves_what_was_measured(stub, tmp_path: Path):
 def saved(stub, tmp_path: Path) -> Path:
     for name, model in (("a", "stub:a"), ("b", "stub:slow")):
         argv = [stub.url, "--model", model, "--concurrency", "2,4", "--requests", "24", "--output-tokens", "5"]
-        assert main([*argv, "--out", str(tmp_path / name), "--slo", "ttft_p99=2s"]) == 0
+        assert main([*argv, "--out", str(tmp_path / name), "--slo", "ttft_p99=2s", "--png"]) == 0
     return tmp_path
 
 
@@ -155,6 +156,9 @@ def test_files_and_comparison(saved: Path, capsys):
     page = (saved / "b.html").read_text()
     assert page.count("<svg") == 10 and "http" not in page.replace(document["settings"]["url"], "")
     assert "ttft_p99=2000ms" in page and page.count("<circle") > 4
+    picture = (saved / "b.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
+    assert struct.unpack(">II", picture[16:24]) == (1512, 1161), "ten plots, three in a row"
     text = compare_files(str(saved / "a.json"), str(saved / "b.json"))
     lines = [line for line in text.splitlines() if line.startswith("  TTFT ms p50")]
     assert len(lines) == 2 and all(line.endswith("  differs") for line in lines)
@@ -165,9 +169,9 @@ def test_files_and_comparison(saved: Path, capsys):
 
 
 def test_plots_of_nothing_and_of_one_point():
-    assert "nothing was measured" in plot("t", "x", "y", [Line("a", [])])
-    assert "<path" in plot("t", "x", "y", [Line("a", [(1.0, 0.0)])], log_x=True)
-    assert "t &lt;&amp;&gt;" in plot("t <&>", "x", "y", [Line("a", [(1.0, 5.0)])])
+    assert "nothing was measured" in svg(Plot("t", "x", "y", [Line("a", [])]))
+    assert "<path" in svg(Plot("t", "x", "y", [Line("a", [(1.0, 0.0)])], log_x=True))
+    assert "t &lt;&amp;&gt;" in svg(Plot("t <&>", "x", "y", [Line("a", [(1.0, 5.0)])]))
 
 
 # figures

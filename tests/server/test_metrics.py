@@ -33,7 +33,7 @@ INFO = EngineInfo(
 )  # fmt: skip
 EACH = VariantStats(100, 2.0, 50, 4.0, 1, 90, 30, 2, {"blocks": 3, "rows": 1})
 STEPS = [0, 5, *[0] * (len(STEP_BOUNDS) - 2), 2]  # five of up to 1 ms, two of more than 30 s
-STATS = EngineStats(0.0, 64, 16, 8, {"bf16": EACH, "int8-row": EACH}, STEPS, 9.5, 1.5, graph_replays=4)
+STATS = EngineStats(0.0, 64, 16, 8, {"bf16": EACH, "int8-row": EACH}, STEPS, 9.5, 1.5, 4, 30)
 PEERS_NAMES = {
     "gauge": ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"),
     "counter": ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries",
@@ -45,6 +45,7 @@ PEERS_NAMES = {
 
 FREE = ("version", "device", "dtype", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching")
 ALLOWED = {
+    "when": {"before_ready", "after_ready"},
     "endpoint": {*ENDPOINTS.values(), "other"},
     "variant": {"", "bf16", "int8-row"},
     "model_name": {"pocket:bf16", "pocket:int8-row"},
@@ -160,6 +161,8 @@ def test_every_name_that_boards_for_vllm_ask_for_is_there_from_the_start():
     waiting = {r: value(samples, "octavo_requests_waiting", variant="bf16", reason=r) for r in WAIT_REASONS}
     assert waiting == {"blocks": 3, "budget": 0, "rows": 1}
     assert value(samples, "octavo_graph_replays_total") == 4
+    compiles = [value(samples, "octavo_kernel_compiles_total", when=w) for w in ("before_ready", "after_ready")]
+    assert compiles == [30, 0]
     assert value(samples, "octavo_kv_blocks", state="free") == 40
     assert [f.name for f in text_string_to_metric_families(Page("1", "m", ()).render(None).decode())] == [
         "octavo_build_info",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -13,10 +14,16 @@ FLAGS = {
     "--canary",
     "--canary-interval",
     "--variants",
+    "--keep-bf16",
+    "--quantize-lm-head",
+    "--smooth-alpha",
+    "--calibration-file",
+    "--cache-dir",
     "--served-model-name",
     "--dtype",
     "--device",
     "--load-format",
+    "--kernels-for",
     "--max-model-len",
     "--max-num-seqs",
     "--max-num-batched-tokens",
@@ -73,7 +80,7 @@ def test_help_lists_every_flag_and_no_other(capsys: pytest.CaptureFixture[str]) 
 
 def test_defaults() -> None:
     s = load_settings(["models/pocket"])
-    assert (s.host, s.port, s.variants, s.api_key, s.model_name) == ("127.0.0.1", 8000, ("bf16",), (), "pocket")
+    assert (s.host, s.port, s.variants, s.api_key, s.model_name) == ("127.0.0.1", 8000, ("auto",), (), "pocket")
 
 
 @pytest.mark.parametrize(("model", "name"), [("Qwen/Qwen3-1.7B", "Qwen3-1.7B"), ("a/b/", "b"), (".", Path.cwd().name)])
@@ -99,6 +106,21 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path, monkeypatch: p
     assert load_settings(["m"]).port == 1
 
 
+@pytest.mark.parametrize("name", [name for name in ServerSettings.model_fields if name != "config"])
+def test_every_option_is_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = ServerSettings.model_fields[name]
+    words = {"device": "cpu", "api_key": "k", "gpu_memory_utilization": "0.5"}
+    word = words.get(name) or {bool: "true", int: "7", float: "7", str: "w"}.get(type(field.default), "int8-row")
+    if get_origin(field.annotation) is Literal:
+        word = get_args(field.annotation)[-1 if get_args(field.annotation)[-1] != field.default else 0]
+    (tmp_path / "o.yaml").write_text(f"{name}: {word}\n")
+    argv = [*(["m"] if name != "model" else []), *(["--dry-run"] if name == "gpu_memory" else [])]
+    from_file = load_settings([*argv, "--config", str(tmp_path / "o.yaml")])
+    monkeypatch.setenv(f"OCTAVO_{name.upper()}", word)
+    from_environment = load_settings(argv)
+    assert getattr(from_file, name) == getattr(from_environment, name) != field.default
+
+
 def test_lists_take_commas_and_repetition() -> None:
     s = load_settings(["m", "--variants", "bf16, int8-row", "--api-key", "a", "--api-key", "b"])
     assert s.variants == ("bf16", "int8-row") and s.api_key == ("a", "b")
@@ -107,6 +129,7 @@ def test_lists_take_commas_and_repetition() -> None:
 def test_engine_config_carries_every_engine_option() -> None:
     argv = "m --variants int8-row --device cpu --dtype float32 --load-format dummy --max-model-len 64 --max-num-seqs 2"
     argv += " --max-num-batched-tokens 32 --block-size 8 --kv-cache-tokens 256 --gpu-memory-utilization 0.5"
+    argv += " --keep-bf16 down_proj --smooth-alpha 0.7 --calibration-file t.txt --cache-dir c"
     c = load_settings([*argv.split(), "--no-prefix-caching", "--threads", "1"]).engine_config(Path("folder"))
     assert (c.model, c.variants, c.device, c.dtype, c.load_format) == (
         "folder",
@@ -116,7 +139,18 @@ def test_engine_config_carries_every_engine_option() -> None:
         "dummy",
     )
     assert (c.max_model_len, c.max_num_seqs, c.max_num_batched_tokens, c.block_size) == (64, 2, 32, 8)
+    assert (c.keep_bf16, c.smooth_alpha) == (("down_proj", "lm_head"), 0.7)
+    assert (c.calibration_file, c.cache_dir) == ("t.txt", "c")
     assert (c.kv_cache_tokens, c.gpu_memory_utilization, c.enable_prefix_caching, c.num_threads) == (256, 0.5, False, 1)
+
+
+def test_the_head_stays_unquantised_unless_asked() -> None:
+    def kept(argv: str) -> tuple[str, ...]:
+        return load_settings(["m", *argv.split()]).engine_config(Path("folder")).keep_bf16
+
+    assert kept("") == ("lm_head",)
+    assert kept("--quantize-lm-head") == ()
+    assert kept("--quantize-lm-head --keep-bf16 o_proj,layers.0.*") == ("o_proj", "layers.0.*")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +178,9 @@ def test_sizes_take_units(word: str, size: int) -> None:
             "--variant-headroom: must be a number of bytes, such as 24GiB or 500MB, got '2Gi'",
         ),
         ("m --gpu-memory 24GiB", "--gpu-memory: is for --dry-run"),
+        ("m --quantize-lm-head --keep-bf16 o_proj,lm_head", "--quantize-lm-head: --keep-bf16 names lm_head"),
+        ("m --smooth-alpha 1.1", "--smooth-alpha: "),
+        ("m --smooth-alpha nan", "--smooth-alpha: "),
         ("m --drain-seconds inf", "--drain-seconds: "),
         ("m --served-model-name a:b", "--served-model-name: must hold no colon"),
         ("m --api-processes 0", "--api-processes: "),

@@ -26,13 +26,16 @@ from engine.kernels import (
     KVCache,
     chip,
     convert,
+    decode_attention,
     fused,
     fused_quantize,
     gemv,
     inputs,
+    kv_widen,
     matmul,
-    paged_attention,
     plan_tiles,
+    prefill_attention,
+    ranking,
     rope,
     sample,
 )
@@ -84,7 +87,15 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     inputs.decode_inputs(ints, ints, ints[None], ints[None], 16)
     for thresholds in (None, floats):
-        sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, ints, ints, ints, 151669)
+        for top_p in (None, floats):
+            sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, top_p, ints, ints, ints, 151669)
+    for k in (0, 5, 20, 64):
+        ranking.survey(torch.zeros(2, 151936, dtype=dtype), k, 151669)
+    known = len(compiled)
+    odd, ints = torch.zeros(3, 151936, dtype=dtype), torch.zeros(7, dtype=torch.int32)
+    sample.draw(odd, odd[:, 0].float(), None, odd[:, 0].float(), ints[:3], ints[:3].clone(), ints[1:4], 151669)
+    ranking.survey(odd, 5, 151669)
+    assert len(compiled) == known, "a batch of another size must not need another version"
     multiply(capability, dtype)
     eight_bit = [torch.int8, torch.float8_e4m3fn]
     attend(16, 8, 128, dtype, [dtype, *eight_bit], qk_norm=True)  # Qwen3-0.6B and 1.7B
@@ -94,26 +105,50 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
 
 def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
-    for num_rows in (1, matmul.PLAIN_ROWS):
-        matmul.linear(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype))
+    matrix = torch.zeros(2048, 2048, dtype=dtype)
+    matmul.linear(matrix[:1], matrix)
+    multiply_with(matmul.PLAIN, matrix[:2], None, matrix, None, 0)
     for depth in (2048, 6144, 12288):
         gemv.gemv(torch.zeros(1, depth, dtype=dtype), torch.zeros(64, depth, dtype=dtype), gated=depth == 2048)
-    weight_only = matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT
     for stored in (torch.int8, torch.float8_e4m3fn):
-        for group, some in ((0, slice(None)), (128, slice(None, None, 3))):
+        for group in (0, 128):
             qdata, scale = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2048, 2048 // (group or 2048))
-            convert.dequantize(qdata, scale, group, dtype)
-            for num_rows in (1, *(min(t.max_rows, matmul.DEQUANTIZE_ROWS - 1) for t in weight_only[some])):
-                x = torch.zeros(num_rows, 2048, dtype=dtype)
-                matmul.weight_only_matmul(x, qdata, scale, x[0], group)
-            if (stored == torch.int8 and group) or (stored == torch.float8_e4m3fn and capability < 89):
-                continue  # no such format; the device is refused
             x = torch.zeros(2, 2048, dtype=dtype)
-            fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, group))
-            fused_quantize.silu_mul(x, Codes(stored, group))
-            for tile in matmul.TILES_W8A8[some]:
-                x = torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype)
-                matmul.w8a8_matmul(*convert.quantize_tokens(x, stored, group), qdata, scale, x[0], dtype, group)
+            convert.dequantize(qdata, scale, group, dtype)
+            matmul.weight_only_matmul(x[:1], qdata, scale, x[0], group)
+            native = stored == torch.int8 or capability >= 89
+            if dtype == torch.float32 or not native:
+                multiply_with(matmul.WEIGHT_ONLY, x, None, qdata, scale, group)
+            if not native:
+                continue
+            for codes in (Codes(stored, group), Codes(stored, digits=2)):
+                if group and stored == torch.int8 and codes.digits == 1:
+                    continue  # no such format
+                fused_quantize.add_rms_norm(x, x, x[0], 1e-6, codes)
+                fused_quantize.silu_mul(x, codes)
+            # The types differ in the instruction: each tile is compiled for one of them, the largest for all.
+            if group == 0 or stored != torch.int8:
+                tokens = convert.quantize_tokens(x, stored, group)
+                multiply_with(matmul.W8A8, *tokens, qdata, scale, group, every=stored != torch.int8)
+            if dtype != torch.float32:
+                tokens = convert.split_tokens(x, stored)
+                multiply_with(matmul.DIGITS, *tokens, qdata, scale, group, every=stored == torch.int8)
+
+
+def multiply_with(
+    kind: Any,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    group: int,
+    *,
+    every: bool = True,
+) -> None:
+    """By every tile, or the largest; with groups, whose scales cost a few registers, by the largest."""
+    tiles = list(dict.fromkeys(t for _, some in matmul.tiles_for(x.device, kind.value, x.dtype) for t in some))
+    for tile in tiles if every and not group else tiles[-1:]:
+        matmul.multiply(x, x_scale, w, scale, None, torch.bfloat16, group, tile)
 
 
 def attend(
@@ -132,8 +167,10 @@ def attend(
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
         q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
-        paged_attention.prefill(q, cache, tables, plan, 0.1, q)
-        paged_attention.decode(q, cache, tables, plan, 0.1, 2, q)
+        if stored != dtype:
+            kv_widen.widened(cache, tables, plan, dtype)
+        prefill_attention.prefill(q, cache, tables, plan, 0.1, q)
+        decode_attention.decode(q, cache, tables, plan, 0.1, 2, q)
 
 
 if __name__ == "__main__":

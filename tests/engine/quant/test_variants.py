@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from engine.kernels import reference
 from engine.memory import planned_weights
 from engine.messages import AddRequest, pack_ids
 from engine.models.qwen import Layer
-from engine.quant.formats import FORMATS
+from engine.quant.formats import FORMATS, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
 from engine.quant.memory import count_bytes
 from engine.quant.quantize import dequantize, quantize
-from engine.quant.variants import check_device
+from engine.quant.variants import build_linears, check_device
 from engine.weights import SafetensorsCheckpoint
 
 POCKET = Path(__file__).resolve().parents[3] / "models" / "pocket"
@@ -33,9 +34,38 @@ TOKEN_TOLERANCE = 0.15
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where SmoothQuant's factors are."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def options(cache: Path) -> dict[str, Any]:
+    """A short text to calibrate with."""
+    text = cache / "text.txt"
+    text.write_text((POCKET / "prose.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    return {"calibration_file": str(text), "cache_dir": str(cache), "num_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def llm(options: dict[str, Any]) -> LLM:
     """Every format at once."""
-    return LLM(POCKET, variants=list(FORMATS), kv_cache_tokens=16384, num_threads=1)
+    return LLM(POCKET, variants=list(FORMATS), kv_cache_tokens=16384, **options)
+
+
+@pytest.fixture(scope="module")
+def factors(llm: LLM, cache: Path) -> dict[str, torch.Tensor]:
+    """SmoothQuant's, by the name of a Linear of transformers' model."""
+    (file,) = (cache / "smooth").iterdir()
+    stored = load_file(file)
+    products = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+    paths = {}
+    for i in range(3):
+        for part in ("q", "k", "v", "o", "gate", "up", "down"):
+            where = "mlp" if part in ("gate", "up", "down") else "self_attn"
+            product = products.get(f"{part}_proj", part)
+            paths[f"model.layers.{i}.{where}.{part}_proj"] = stored[f"layers.{i}.{product}_proj"]
+    return paths | {"lm_head": stored["lm_head"]}
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +74,28 @@ def plain() -> Any:
     return AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def defined(plain: Any, name: str) -> Any:
+def defined(plain: Any, name: str, factors: dict[str, torch.Tensor], kept: tuple[str, ...] = ("lm_head",)) -> Any:
     """The model that the format's definition describes: dequantised weights, and tokens quantised on the way in."""
     model, fmt = deepcopy(plain), FORMATS[name]
     for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or path == "lm_head" or fmt.weight is None:
+        if not isinstance(module, torch.nn.Linear) or path.endswith(kept) or fmt.weight is None:
             continue
         assert fmt.granularity is not None
-        qdata, scale = quantize(module.weight.data.bfloat16(), getattr(torch, fmt.weight), fmt.granularity)
-        module.weight.data = dequantize(qdata, scale, fmt.group_size, torch.float32)
+        weight, dtype = module.weight.data.bfloat16(), getattr(torch, fmt.weight)
+        factor = factors[path] if fmt.smooth else None
+        numbers = weight if factor is None else weight.float() * factor
+        weight = dequantize(*quantize(numbers, dtype, fmt.granularity), fmt.group_size, torch.float32)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)  # the head's, too, is its own now
         if fmt.activation:
-            module.register_forward_pre_hook(lambda _, args, d=qdata.dtype, g=fmt.group_size: round_trip(args[0], d, g))
+            module.register_forward_pre_hook(partial(quantise_inputs, fmt, factor))
     return model
+
+
+def quantise_inputs(
+    fmt: Format, factor: torch.Tensor | None, module: object, args: tuple[torch.Tensor]
+) -> torch.Tensor:
+    x = args[0] if factor is None else args[0] * (1.0 / factor)
+    return round_trip(x, getattr(torch, str(fmt.activation)), fmt.group_size)
 
 
 def round_trip(x: torch.Tensor, dtype: torch.dtype, group: int) -> torch.Tensor:
@@ -75,9 +115,13 @@ def logprobs(llm: LLM, ids: list[int], variant: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
-def test_logits_are_the_definitions(llm: LLM, plain: Any, name: str) -> None:
+def test_logits_are_the_definitions(llm: LLM, plain: Any, factors: dict[str, torch.Tensor], name: str) -> None:
+    check_logits(llm, defined(plain, name, factors), name)
+
+
+def check_logits(llm: LLM, model: Any, name: str) -> None:
     ids = torch.randint(4000, (24,), generator=torch.Generator().manual_seed(3)).tolist()
-    want = defined(plain, name)(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(20).values
+    want = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).topk(20).values
     got = logprobs(llm, ids, name)
     if FORMATS[name].activation:
         assert (got - want).abs().mean() < TOKEN_TOLERANCE
@@ -87,8 +131,10 @@ def test_logits_are_the_definitions(llm: LLM, plain: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", [f.name for f in FORMATS.values() if f.activation])
 @torch.no_grad()
-def test_each_matrix_with_8_bit_activations_is_the_definitions(llm: LLM, plain: Any, name: str) -> None:
-    layer, theirs = llm.engine.runner.variants[name].model.layers[2], defined(plain, name).model.layers[2]
+def test_each_matrix_with_8_bit_activations_is_the_definitions(
+    llm: LLM, plain: Any, factors: dict[str, torch.Tensor], name: str
+) -> None:
+    layer, theirs = llm.engine.runner.variants[name].model.layers[2], defined(plain, name, factors).model.layers[2]
     x = torch.randn(7, 512)
     x[1] *= 100
     x[2, 9] = 300.0
@@ -123,7 +169,7 @@ def test_variants_mixed_in_one_load_answer_as_alone(llm: LLM) -> None:
 
 def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
     variants = llm.engine.runner.variants
-    stored: dict[tuple[str | None, str | None, bool], set[int]] = {}
+    stored: dict[Stored, set[int]] = {}
     for name, variant in variants.items():
         fmt, layer = FORMATS[name], variant.model.layers[1]
         kind = PlainLinear if fmt.fake or not fmt.weight else W8A8Linear if fmt.activation else WeightOnlyLinear
@@ -142,19 +188,83 @@ def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
 def test_a_plan_of_every_format_is_what_is_loaded(llm: LLM) -> None:
     runner = llm.engine.runner
     formats = [v.format for v in runner.variants.values()]
-    with SafetensorsCheckpoint(POCKET) as checkpoint:
-        planned = planned_weights(runner.model_config, checkpoint, formats, runner.dtype)
+    with SafetensorsCheckpoint(POCKET, shapes_only=True) as shapes:
+        planned = planned_weights(runner.model_config, shapes, formats, runner.dtype, runner.kept)
     assert planned == runner.plan.weights == count_bytes({n: v.model for n, v in runner.variants.items()})
 
 
-def test_a_real_variant_agrees_with_its_fake_and_fake_is_rounded_once() -> None:
-    """In bf16: the fake weight is the stored one rounded, and the two products agree within that rounding."""
-    llm = LLM(POCKET, variants=["int8-g128", "int8-g128-fake"], dtype="bfloat16", kv_cache_tokens=512, num_threads=1)
-    real, fake = (v.model.layers[0].down for v in llm.engine.runner.variants.values())
-    assert isinstance(real, WeightOnlyLinear) and isinstance(fake, PlainLinear)
-    assert torch.equal(fake.weight, dequantize(real.qdata, real.scale, 128, torch.bfloat16))
+def test_real_variants_agree_with_fake_ones_within_bf16() -> None:
+    """In bf16, every weight-only format: the fake weight is the stored one rounded once, a product differs by the
+    rounding of its sum, and logprobs by what becomes of that in three layers.
+    """
+    pairs = [(name, f"{name}-fake") for name, f in FORMATS.items() if f.weight and not f.activation and not f.fake]
+    assert len(pairs) == 12
+    names = [name for pair in pairs for name in pair]
+    llm = LLM(POCKET, variants=names, dtype="bfloat16", kv_cache_tokens=1024, num_threads=1)
+    ids = torch.randint(4000, (24,), generator=torch.Generator().manual_seed(3)).tolist()
     x = torch.randn(5, 512).bfloat16()
-    torch.testing.assert_close(real(x), fake(x), atol=2e-2, rtol=2e-2)
+    for pair in pairs:
+        real, fake = (llm.engine.runner.variants[name].model.layers[0].down for name in pair)
+        assert isinstance(real, WeightOnlyLinear) and isinstance(fake, PlainLinear)
+        assert torch.equal(fake.weight, dequantize(real.qdata, real.scale, real.group_size, torch.bfloat16))
+        torch.testing.assert_close(real(x), fake(x), atol=2e-2, rtol=2**-7)
+        torch.testing.assert_close(*(logprobs(llm, ids, name) for name in pair), atol=0.1, rtol=0)
+
+
+@torch.no_grad()
+def test_matrices_that_stay_in_bf16(plain: Any, llm: LLM, options: dict[str, Any], factors: dict[str, Any]) -> None:
+    """They are bf16's own tensors in every variant, and the rest is the definition's."""
+    names = ["bf16", "int8-row", "fp8-g64-fake", "w8a8-int8-row-smooth"]
+    keep = ("lm_head", "down_proj", "layers.1.qkv_proj")
+    some = LLM(POCKET, variants=names, keep_bf16=keep, kv_cache_tokens=1024, **options)
+    variants = some.engine.runner.variants
+    for name in names[1:]:
+        for i, (layer, bf16) in enumerate(zip(variants[name].model.layers, variants["bf16"].model.layers, strict=True)):
+            assert layer.down is bf16.down and (layer.qkv is bf16.qkv) == (i == 1)
+            assert layer.out is not bf16.out and layer.gate_up is not bf16.gate_up
+        assert variants[name].model.head is variants["bf16"].model.head
+        assert variants[name].fingerprint != llm.engine.runner.variants[name].fingerprint
+    kept = ("lm_head", "down_proj", *(f"layers.1.self_attn.{part}_proj" for part in "qkv"))
+    for name in names[1:3]:
+        check_logits(some, defined(plain, name, factors, kept), name)
+
+
+@torch.no_grad()
+def test_a_quantised_head(plain: Any, options: dict[str, Any], factors: dict[str, Any]) -> None:
+    """In each variant's format, once for those that store the same bytes; the embedding stays what it is."""
+    names = ["bf16", "int8-row", "w8a8-int8-row", "int8-tensor", "fp8-g128-fake", "w8a8-fp8-row-smooth"]
+    llm = LLM(POCKET, variants=names, keep_bf16=(), kv_cache_tokens=1024, **options)
+    variants = llm.engine.runner.variants
+    models = {name: v.model for name, v in variants.items()}
+    embedding = models["bf16"].embedding
+    assert models["bf16"].head.tensors == [embedding] and all(m.embedding is embedding for m in models.values())
+    assert models["int8-row"].head.tensors[0] is models["w8a8-int8-row"].head.tensors[0]
+    kinds = [PlainLinear, WeightOnlyLinear, W8A8Linear, WeightOnlyLinear, PlainLinear, W8A8Linear]
+    assert [type(models[name].head) for name in names] == kinds
+    table = load_file(POCKET / "model.safetensors")["model.embed_tokens.weight"]
+    for name, granularity in (("int8-row", "row"), ("int8-tensor", "tensor")):
+        for stored, expected in zip(models[name].head.tensors, quantize(table, torch.int8, granularity), strict=True):
+            assert torch.equal(stored, expected)
+    matrices = sum(m.tensors[0].numel() for layer in models["bf16"].layers for m in matrices_of(layer))
+    scales = sum(m.tensors[1].numel() for layer in models["int8-row"].layers for m in matrices_of(layer))
+    assert variants["int8-tensor"].own_bytes == matrices + 4 * scales + table.numel() + 4 * len(table)
+    for name in names:
+        check_logits(llm, defined(plain, name, factors, kept=("none",)), name)
+    with SafetensorsCheckpoint(POCKET, shapes_only=True) as shapes:
+        formats = [v.format for v in variants.values()]
+        planned = planned_weights(llm.engine.runner.model_config, shapes, formats, torch.float32, frozenset())
+    assert planned == count_bytes(models)
+
+
+def test_pieces_of_rows_are_quantised_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.quant.variants._ROWS", 256)
+    weight = torch.randn(700, 200).bfloat16()
+    formats = [f for f in FORMATS.values() if f.weight is not None and not f.fake and not f.smooth]
+    for name, linear in build_linears([weight], None, formats, torch.float32).items():
+        fmt = FORMATS[name]
+        qdata, scale = quantize(weight, getattr(torch, str(fmt.weight)), str(fmt.granularity))
+        assert isinstance(linear, WeightOnlyLinear | W8A8Linear)
+        assert torch.equal(linear.qdata.view(torch.int8), qdata.view(torch.int8)) and torch.equal(linear.scale, scale)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
