@@ -87,6 +87,7 @@ class Codes:
 
     dtype: torch.dtype
     group_size: int = 0
+    pre_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def silu_mul(gate_up: Tensor, codes: Codes | None = None) -> Tensor | Quantised:
 def _quantised(x: Tensor, codes: Codes | None) -> Tensor | Quantised:
     if codes is None:
         return x
-    return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size), x.dtype)
+    return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size, codes.pre_scale), x.dtype)
 
 
 def rope_and_store(
@@ -311,15 +312,18 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
     return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
 
 
-def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_tokens(
+    x: Tensor, dtype: torch.dtype, group_size: int = 0, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x[M, K] -> its codes [M, K] in `dtype` (int8 or float8_e4m3fn), scale[M, G] fp32, each of group_size inputs (0:
-    of all, G = 1). The numbers are `quant.quantize`'s, with a token as a row.
+    of all, G = 1). The numbers are `quant.quantize`'s, with a token as a row. pre_scale: [K] fp32, what x is multiplied
+    by first; the product is not rounded, so that it is quantised as fp32 is.
     """
     if x.is_cuda:
         from engine.kernels import convert
 
-        return convert.quantize_tokens(x, dtype, group_size)
-    return reference.quantize_tokens(x, dtype, group_size)
+        return convert.quantize_tokens(x, dtype, group_size, pre_scale)
+    return reference.quantize_tokens(x, dtype, group_size, pre_scale)
 
 
 def w8a8_matmul(

@@ -120,8 +120,11 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
             if (stored == torch.int8 and group) or (stored == torch.float8_e4m3fn and capability < 89):
                 continue  # no such format; the device is refused
             x = torch.zeros(2, 2048, dtype=dtype)
-            fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, group))
-            fused_quantize.silu_mul(x, Codes(stored, group))
+            for pre_scale in (None, torch.zeros(2048)):
+                fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, group, pre_scale))
+                half = None if pre_scale is None else pre_scale[:1024]
+                fused_quantize.silu_mul(x, Codes(stored, group, half))
+            convert.quantize_tokens(x, stored, group, torch.zeros(2048))
             for tile in matmul.TILES_W8A8[some]:
                 x = torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype)
                 matmul.w8a8_matmul(*convert.quantize_tokens(x, stored, group), qdata, scale, x[0], dtype, group)
