@@ -17,6 +17,7 @@ ENDPOINTS = {
     "/v1/completions": "completions",
     "/v1/chat/completions": "chat",
     "/v1/models": "models",
+    "/v1/variants": "variants",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/tokenizer_info": "tokenizer_info",

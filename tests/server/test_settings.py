@@ -31,6 +31,7 @@ FLAGS = {
     "--host",
     "--port",
     "--api-key",
+    "--admin-key",
     "--allowed-hosts",
     "--max-queued",
     "--max-body-mib",
