@@ -13,6 +13,7 @@ finish (408, 409, 429, 5xx, no connection) is sent again, after the server's `Re
       + BadAnswer             an answer that is not what the API promises
       + APIError              an error answer: status, type, param, code
           + BadRequest        400, 413, 415, 422 and any other 4xx
+              + Conflict      409
           + Unauthorized      401, 403
           + NotFound          404: also an unknown model or variant
           + RateLimited       429
@@ -24,12 +25,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
+from urllib.parse import quote
 
 import httpx
 
@@ -73,6 +75,10 @@ class BadRequest(APIError):
     """The request is at fault."""
 
 
+class Conflict(BadRequest):
+    """What the server is or holds does not allow it: no room for a variant."""
+
+
 class Unauthorized(APIError):
     """The API key is missing or wrong."""
 
@@ -93,6 +99,7 @@ class OctavoClient:
     """An asynchronous client. Its connections are closed by `async with`; use one instance a worker.
 
     timeout: seconds of silence after which a request has failed. max_retries: further attempts after the first.
+    admin_key: what the calls that change the server send in place of `api_key`. headers: sent with every request.
     Every method raises the errors of the module's docstring.
     """
 
@@ -101,6 +108,8 @@ class OctavoClient:
         base_url: str = "http://127.0.0.1:8000",
         api_key: str | None = None,
         *,
+        admin_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout: float = 600.0,
         max_retries: int = 4,
         concurrency: int = 16,
@@ -109,7 +118,7 @@ class OctavoClient:
         self._pools = [
             httpx.AsyncClient(
                 base_url=base_url.rstrip("/").removesuffix("/v1"),
-                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                headers={**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
                 timeout=httpx.Timeout(timeout, connect=10.0),
                 limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
                 verify=verify,
@@ -117,6 +126,7 @@ class OctavoClient:
             for size in _shares(concurrency)
         ]
         self._opened = AsyncExitStack()
+        self._admin = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         self._max_retries = max_retries
         self._concurrency = concurrency
         self._turns: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()  # last in: the warmest connection
@@ -146,6 +156,10 @@ class OctavoClient:
         """POST /v1/chat/completions."""
         return await self._call("POST", "/v1/chat/completions", {"model": model, "messages": messages, **body})
 
+    async def compare(self, prompt: str | list[int], **body: Any) -> JSON:
+        """POST /v1/compare: one prompt through several variants; `body`: variants, continuation, max_tokens."""
+        return await self._call("POST", "/v1/compare", {"prompt": prompt, **body})
+
     def stream_completions(self, model: str, prompt: Prompt, **body: Any) -> AsyncGenerator[JSON]:
         """The chunks of a streamed completion. To end it early, close the generator (`contextlib.aclosing`)."""
         return self._stream("/v1/completions", {"model": model, "prompt": prompt, **body})
@@ -162,6 +176,25 @@ class OctavoClient:
     async def detokenize(self, tokens: list[int]) -> str:
         """The text of ids."""
         return _field(await self._call("POST", "/detokenize", {"tokens": tokens}), "prompt", str)
+
+    async def tokenizer_info(self) -> JSON:
+        """What is known of the tokenizer: its special tokens, chat template, number of ids."""
+        return await self._call("GET", "/tokenizer_info")
+
+    async def metrics(self) -> str:
+        """The page for Prometheus."""
+        async with self._answer("GET", "/metrics", None, read=True) as response:
+            return response.text
+
+    async def load_variant(self, name: str) -> JSON:
+        """POST /v1/variants: hold one more variant. Sent once: it may take a minute, and a refusal stays one."""
+        async with self._answer("POST", "/v1/variants", {"name": name}, read=True, admin=True) as response:
+            return _object(response.content, "/v1/variants")
+
+    async def drop_variant(self, name: str) -> None:
+        """DELETE /v1/variants/{name}. Sent once."""
+        async with self._answer("DELETE", f"/v1/variants/{quote(name, safe='')}", None, read=True, admin=True):
+            return
 
     async def map(self, work: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
         """`work` of every item, in order, `concurrency` at a time. The first error ends the rest and is raised."""
@@ -196,13 +229,18 @@ class OctavoClient:
         raise ConnectionFailed(f"{path}: the stream broke off before its end")
 
     @asynccontextmanager
-    async def _answer(self, method: str, path: str, body: JSON | None, *, read: bool) -> AsyncGenerator[httpx.Response]:
-        """A response of status 2xx, its body read whole or not at all; retries until there is one."""
+    async def _answer(
+        self, method: str, path: str, body: JSON | None, *, read: bool, admin: bool = False
+    ) -> AsyncGenerator[httpx.Response]:
+        """A response of status 2xx, its body read whole or not at all; retries until there is one.
+
+        admin: with the admin key, and only once.
+        """
         http = await self._turns.get()
         try:
             attempt = 0
             while True:
-                request = http.build_request(method, path, json=body)
+                request = http.build_request(method, path, json=body, headers=self._admin if admin else {})
                 pause: float | None
                 try:
                     response = await http.send(request, stream=True)
@@ -216,7 +254,7 @@ class OctavoClient:
                 except httpx.TransportError as e:
                     error = ConnectionFailed(f"{request.url}: {e or type(e).__name__}")
                     pause = backoff(attempt)
-                if pause is None or attempt == self._max_retries:
+                if admin or pause is None or attempt == self._max_retries:
                     raise error
                 attempt += 1
                 await asyncio.sleep(pause)
@@ -303,6 +341,12 @@ def _error_body(content: bytes) -> JSON:
 def _api_error(status: int, body: JSON) -> APIError:
     error = body.get("error")
     fields = error if isinstance(error, dict) else {"message": str(error or body)}
-    kinds: dict[int, type[APIError]] = {401: Unauthorized, 403: Unauthorized, 404: NotFound, 429: RateLimited}
+    kinds: dict[int, type[APIError]] = {
+        401: Unauthorized,
+        403: Unauthorized,
+        404: NotFound,
+        409: Conflict,
+        429: RateLimited,
+    }
     kind = kinds.get(status, ServerError if status >= 500 else BadRequest)
     return kind(status, str(fields.get("message")), fields.get("type"), fields.get("param"), fields.get("code"))

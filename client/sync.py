@@ -47,6 +47,10 @@ class SyncOctavoClient:
         """POST /v1/chat/completions."""
         return self._runner.run(self._client.chat(model, messages, **body))
 
+    def compare(self, prompt: str | list[int], **body: Any) -> JSON:
+        """POST /v1/compare."""
+        return self._runner.run(self._client.compare(prompt, **body))
+
     def stream_completions(self, model: str, prompt: Prompt, **body: Any) -> Generator[JSON]:
         """The chunks of a streamed completion. Closing the generator ends the request."""
         return self._chunks(self._client.stream_completions(model, prompt, **body))
@@ -62,6 +66,18 @@ class SyncOctavoClient:
     def detokenize(self, tokens: list[int]) -> str:
         """The text of ids."""
         return self._runner.run(self._client.detokenize(tokens))
+
+    def metrics(self) -> str:
+        """The page for Prometheus."""
+        return self._runner.run(self._client.metrics())
+
+    def load_variant(self, name: str) -> JSON:
+        """POST /v1/variants."""
+        return self._runner.run(self._client.load_variant(name))
+
+    def drop_variant(self, name: str) -> None:
+        """DELETE /v1/variants/{name}."""
+        self._runner.run(self._client.drop_variant(name))
 
     def _chunks(self, stream: AsyncGenerator[JSON]) -> Generator[JSON]:
         async def following() -> JSON | None:

@@ -74,7 +74,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     four for one); 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched before
     the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU, decode steps are captured at
     start and replayed. num_threads: of torch on a CPU; 0 is torch's own. variant_headroom: bytes kept free of the KV
-    pool for variants that are added while serving.
+    pool for variants that are added while serving. kernels_for: choose kernels as on another chip, such as "sm_89";
+    empty: the one that is here.
     """
 
     model: str
@@ -99,6 +100,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: bool = True
     num_threads: int = 0
     seed: int = 0
+    kernels_for: str = ""
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ finished costs one token that is dropped.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +21,9 @@ import torch
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
+from engine.kernels import chip, compiles
 from engine.messages import (
+    STEP_BOUNDS,
     AddRequest,
     EngineInfo,
     EngineStats,
@@ -33,11 +37,13 @@ from engine.messages import (
 )
 from engine.phases import PhaseClock
 from engine.quant.formats import AUTO
-from engine.runner import Flight, Runner, VariantFlight, pick_device
-from engine.scheduler import Scheduler
+from engine.runner import Flight, PhaseTimer, Runner, VariantFlight, pick_device
+from engine.scheduler import Counters, Scheduler
 from engine.sequence import Sequence
 from engine.variant_changes import VariantChanges
 from engine.weights import count_token_ids
+
+log = logging.getLogger("octavo.engine")
 
 
 @dataclass
@@ -65,6 +71,12 @@ class Engine:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         known = count_token_ids(config.model)
+        if config.kernels_for:
+            chip.choose_as(config.kernels_for)
+        self._compiled = compiles.watch() if pick_device(config.device).type == "cuda" else []
+        self._compiles_seen = len(self._compiled)  # the rest of them are this engine's
+        self.compiles_before_ready = 0
+        self.compiled_after_ready: list[str] = []  # names of Triton kernels; each made a step wait
         self.num_ids = min(known or model_config.vocab_size, model_config.vocab_size)
         self.runner = Runner(config, model_config, self.num_ids)
         self.eos_token_ids = frozenset(i for i in model_config.eos_token_ids if i < self.num_ids)
@@ -83,9 +95,13 @@ class Engine:
         self.removing: str | None = None  # takes no new sequences, and goes when it has none left
         self.revision = 0  # of the set of variants
         self.num_steps = 0
-        self.step_seconds = 0.0
+        self.step_seconds = self.wait_seconds = 0.0  # as in EngineStats
+        self.step_buckets = [0] * (len(STEP_BOUNDS) + 1)
         self.step_started: float | None = None
         self._flights: deque[Flight] = deque()
+        self._last_done = 0.0
+        self._last_batch: PhaseTimer | None = None  # None when the device had nothing to do since
+        self.note_compiles(before_ready=True)
 
     @property
     def info(self) -> EngineInfo:
@@ -149,6 +165,8 @@ class Engine:
     def add(self, request: AddRequest) -> None:
         """Queue a request's n sequences. It has been validated by `sequence.check_params`, and `takes` its variant."""
         prompt, params, now = unpack_ids(request.prompt), request.params, time.monotonic()
+        if not self.has_work:
+            self._last_batch = None
         first_seed = secrets.randbits(63) if params.seed is None else params.seed
         for i in range(params.n):
             sequence = Sequence(
@@ -193,18 +211,26 @@ class Engine:
             flight.wait()
             for share in flight.variants:
                 self._take(share, result)
-        self.step_seconds += time.monotonic() - self.step_started
+            self._count_step(flight)
+        self.note_compiles(before_ready=False)
         self.step_started = None
         return result
+
+    def note_compiles(self, before_ready: bool) -> None:
+        """Count the Triton kernels compiled since the last call. before_ready: nothing served waited for them."""
+        new, self._compiles_seen = self._compiled[self._compiles_seen :], len(self._compiled)
+        if before_ready:
+            self.compiles_before_ready += len(new)
+        elif new:
+            self.compiled_after_ready += new
+            log.warning("a step waited for the compiler: %s", ", ".join(new))
 
     def stats(self) -> EngineStats:
         """A snapshot; safe to call from another thread, whose numbers may then be a step apart."""
         started = self.step_started
         variants = {}
         for name, phase in self.phases.items():
-            counters, waiting = self.scheduler.counters.get(name), self.scheduler.waiting.get(name)
-            if counters is None or waiting is None:  # removed at this moment
-                continue
+            counters = self.scheduler.counters.get(name, Counters())  # it may be removed at this moment
             running = sum(s.variant == name for s in list(self.scheduler.running.values()))
             variants[name] = VariantStats(
                 phase.prefill_tokens,
@@ -215,25 +241,31 @@ class Engine:
                 counters.prefix_queries,
                 counters.prefix_hits,
                 running,
-                len(waiting),
+                self.scheduler.waits(name),
             )
         busy = time.monotonic() - started if started is not None else 0.0
         used, cached = self.blocks.num_used, self.blocks.num_cached
         return EngineStats(
-            steps=self.num_steps,
             busy_seconds=busy,
             blocks_total=self.blocks.num_blocks,
             blocks_used=used,
             blocks_cached=cached,
             variants=variants,
+            step_buckets=list(self.step_buckets),
             step_seconds=self.step_seconds,
+            wait_seconds=self.wait_seconds,
             graph_replays=self.runner.num_replays,
+            compiles_before_ready=self.compiles_before_ready,
+            compiles_after_ready=len(self.compiled_after_ready),
         )
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _take(self, share: VariantFlight, result: StepResult) -> None:
         """Bring one variant's results of a finished step into the host's books."""
+        if self._last_batch is not None:
+            self.wait_seconds += max(0.0, share.clock.seconds_since(self._last_batch))
+        self._last_batch = share.clock
         self.phases[share.variant].add(share.num_prefill_tokens, share.num_decode_tokens, share.clock.seconds())
         self._take_prompt_logprobs(share, result)
         tokens = share.tokens.tolist()
@@ -258,6 +290,14 @@ class Engine:
             if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
                 self._start(sequence, result)
                 self._finish(sequence, "length", result)
+
+    def _count_step(self, flight: Flight) -> None:
+        """A step lasts from its launch, or from the end of the one before if that came later, until its results."""
+        now = time.monotonic()
+        seconds = now - max(flight.launched, self._last_done)
+        self._last_done = now
+        self.step_seconds += seconds
+        self.step_buckets[bisect_left(STEP_BOUNDS, seconds)] += 1
 
     def _finish_if_done(self, sequence: Sequence, token: int, result: StepResult) -> None:
         generated = len(sequence.token_ids) - sequence.prompt_len

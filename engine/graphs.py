@@ -109,7 +109,7 @@ class DecodeGraphs:
     def _run_forward(self, variant: str, size: int) -> None:
         model = self.models[variant]
         batch = decode_batch(self._inputs[0, :size], self._inputs[1, :size], self.tables, self.block_sizes[variant])
-        self.logits[:size].copy_(model.logits(model.forward(batch, self.kv[variant])))
+        model.logits(model.forward(batch, self.kv[variant]), self.logits[:size])
 
     def _run_draw(self, size: int) -> None:
         rows, contexts, t = self._inputs[0, :size].long(), self._inputs[1, :size], self.tables

@@ -5,6 +5,7 @@
     API process  --AddVariant, RemoveVariant-->           engine    the same pair; VariantChanged comes back
     parent       --DropClient, Shutdown-->                engine    the same ROUTER
     API, engine  --EngineReady, EngineReport, ApiReport--> parent    PUSH to PULL, ipc://DIR/report
+    canary       --CanaryReport-->                        parent    the same
     API process  <--Status (twice a second, and at once when something changes)-- parent   PUB to SUB, ipc://DIR/status
 
 DIR is a fresh 0700 directory. Identities: a DEALER's identity is its client id as 4 big-endian bytes; client ids are
@@ -24,6 +25,14 @@ CLIENT_SHIFT = 40
 ENGINE_ENDPOINT = "engine"
 REPORT_ENDPOINT = "report"
 STATUS_ENDPOINT = "status"
+
+# why a sequence waits: no room in the KV pool, the step's token budget is spent, the batch has max_num_seqs
+WAIT_REASONS = ("blocks", "budget", "rows")
+# upper bounds in seconds of the buckets of `EngineStats.step_buckets`, which has one more for what is longer
+STEP_BOUNDS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2),
+    *(0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
 
 
 def pack_ids(ids: list[int]) -> bytes:
@@ -193,7 +202,10 @@ class EngineInfo(msgspec.Struct, array_like=True):
 
 
 class VariantStats(msgspec.Struct, array_like=True):
-    """Running totals of one variant since the engine started, and two gauges. Seconds are device time."""
+    """Running totals of one variant since the engine started, and two gauges. Seconds are device time.
+
+    waiting: sequences by reason, one of WAIT_REASONS.
+    """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -203,24 +215,28 @@ class VariantStats(msgspec.Struct, array_like=True):
     prefix_queries: int = 0  # prompt tokens looked up
     prefix_hits: int = 0  # prompt tokens found
     running: int = 0
-    waiting: int = 0
+    waiting: dict[str, int] = {}
 
 
 class EngineStats(msgspec.Struct, array_like=True):
     """The engine at one moment. busy_seconds: how long the present step has been running (0 when idle).
 
-    step_seconds: wall time of all steps so far; what of it is not the variants' device time, the device waited for the
-    host. graph_replays: batches that ran through a CUDA graph.
+    step_buckets: finished steps by their wall time (STEP_BOUNDS), which step_seconds sums up. wait_seconds: what of it
+    the device stood idle between two batches, waiting for the host. graph_replays: batches through a CUDA graph.
+    compiles: versions of Triton kernels compiled before the engine was ready and since (which should stay 0).
     """
 
-    steps: int
     busy_seconds: float
     blocks_total: int
     blocks_used: int  # referenced by a sequence
     blocks_cached: int  # free, but holding a reusable prefix
     variants: dict[str, VariantStats]
+    step_buckets: list[int]
     step_seconds: float = 0.0
+    wait_seconds: float = 0.0
     graph_replays: int = 0
+    compiles_before_ready: int = 0
+    compiles_after_ready: int = 0
 
 
 class EngineReady(msgspec.Struct, tag="ready", array_like=True):
@@ -245,12 +261,19 @@ class ApiReport(msgspec.Struct, tag="api", array_like=True):
     deltas: dict[str, float]
 
 
-Report = EngineReady | EngineReport | ApiReport
+class CanaryReport(msgspec.Struct, tag="canary", array_like=True):
+    """What a round of the canary found: figures by variant and name (`server.canary`), and when, in Unix time."""
+
+    figures: dict[str, dict[str, float]]
+    at: float
+
+
+Report = EngineReady | EngineReport | ApiReport | CanaryReport
 
 
 class Status(msgspec.Struct, tag="status", array_like=True):
     """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no
-    heartbeat).
+    heartbeat). canary: its last round, if there is one.
     """
 
     epoch: int
@@ -258,3 +281,4 @@ class Status(msgspec.Struct, tag="status", array_like=True):
     info: EngineInfo | None
     stats: EngineStats | None
     totals: dict[str, float]
+    canary: CanaryReport | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.smooth import smoothing_for
 from engine.quant.variants import Smoothing, Variant, build_variants
-from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample
+from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample, warm_up
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
@@ -77,6 +77,7 @@ class Flight:
 
     variants: list[VariantFlight]
     failed: list[Sequence]  # the device had no memory for them
+    launched: float = field(default_factory=time.monotonic)
 
     def wait(self) -> None:
         for flight in self.variants:
@@ -106,6 +107,12 @@ class PhaseTimer:
         if self._events:
             return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._end - self._start
+
+    def seconds_since(self, earlier: PhaseTimer) -> float:
+        """From an earlier timer's stop to this one's construction: the device had nothing to do."""
+        if self._events and earlier._events:
+            return float(earlier._events[1].elapsed_time(self._events[0])) / 1e3
+        return self._start - earlier._end
 
 
 class Runner:
@@ -149,6 +156,11 @@ class Runner:
             for name in self.variants:
                 for size in WARM_UP_ROWS:
                     self.warm_up(name, size)
+            t = self.tables
+            logits = torch.zeros(1, model_config.vocab_size, dtype=self.dtype, device=self.device)
+            with torch.inference_mode():
+                warm_up(logits, t.floats, t.ints, t.tokens, num_ids)
+            torch.cuda.synchronize()
 
     @torch.inference_mode()
     def warm_up(self, variant: str, num_rows: int) -> None:
@@ -156,6 +168,10 @@ class Runner:
         spare = self.tables.tokens.shape[0] - 1
         batch = prefill_batch(spare, min(num_rows, self.max_model_len), self.tables)
         self.models[variant].forward(batch, self.kv[variant])
+        if num_rows == WARM_UP_ROWS[-1]:  # and as of a later part of a prompt: see `kv_widen`
+            contexts = batch.plan.context_lens_host + self.max_model_len
+            later = replace(batch, plan=replace(batch.plan, context_lens_host=contexts))
+            self.models[variant].forward(later, self.kv[variant])
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
@@ -335,7 +351,7 @@ class Runner:
         where = to_device(np.array(targets).T, self.device)  # [2, positions]
         tokens = self.tables.tokens[where[0], where[1]].long()
         chunks = [
-            gather_logprobs(model.logits(hidden[i]).float(), t, top, self.num_ids, [])
+            gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
             for i, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (index, tokens)), strict=True)
         ]
         return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))

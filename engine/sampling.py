@@ -27,7 +27,6 @@ TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
 TOP_K, SEED_LOW, SEED_HIGH, PROMPT_LEN = range(4)
 NUM_FLOATS, NUM_INTS = 6, 4
 
-MAX_TOP_K, NO_LIMIT = 1024, 1 << 30  # beyond so many, sorting all is as good as selecting
 PENALTY_CHUNK = 64  # rows whose counts over the vocabulary exist at one time
 
 
@@ -45,7 +44,8 @@ def int_row(sequence: Sequence) -> list[int]:
 class SamplingPlan:
     """What the host knows of one batch's sampling: which passes it needs, and the few values that are not in tables."""
 
-    filter_width: int = 0  # how many of the best ids the filters must look at; 0: no row filters
+    filter_width: int = 0  # how many of the best ids top-k and min-p must look at; 0: no row has either
+    nucleus: bool = False  # a row has top-p without top-k
     penalised: list[int] = field(default_factory=list)  # rows of the batch
     penalty_len: int = 0  # longest sequence among them
     edits: list[tuple[int, int, float]] = field(default_factory=list)  # (row of the batch, id, added value)
@@ -55,7 +55,7 @@ class SamplingPlan:
     @property
     def is_plain(self) -> bool:
         """Nothing but a greedy or a plain draw is wanted."""
-        return not (self.filter_width or self.penalised or self.edits) and self.num_logprobs < 0
+        return not (self.filter_width or self.nucleus or self.penalised or self.edits) and self.num_logprobs < 0
 
 
 def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
@@ -63,9 +63,9 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
     plan = SamplingPlan()
     for row, s in enumerate(sequences):
         p = s.params
-        if p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0):
-            narrow = p.top_k if p.top_k > 0 else 1 if p.top_p == 1 else MAX_TOP_K + 1
-            plan.filter_width = max(plan.filter_width, narrow if narrow <= MAX_TOP_K else NO_LIMIT)
+        if p.temperature > 0:
+            plan.filter_width = max(plan.filter_width, p.top_k, 1 if p.min_p > 0 else 0)
+            plan.nucleus |= p.top_p < 1 and p.top_k <= 0
         if p.has_penalties:
             plan.penalised.append(row)
             plan.penalty_len = max(plan.penalty_len, s.num_tokens - 1)
@@ -113,17 +113,31 @@ def sample(
     if plan.edits or plan.penalised:
         logits = _edit(raw.to(torch.float32, copy=True), rows, positions, floats, ints, token_table, plan)
     f = floats[rows]
-    thresholds = None
+    i = ints[rows]
+    thresholds = top_p = None
     if plan.filter_width:
-        width = min(plan.filter_width, num_ids)
-        thresholds = filter_thresholds(logits[:, :num_ids], f, ints[rows, TOP_K], width)
+        _, ordered, _ = kernels.survey(logits, min(plan.filter_width, num_ids), num_ids)
+        thresholds = filter_thresholds(ordered, f, i[:, TOP_K])
+    if plan.nucleus:
+        top_p = torch.where(i[:, TOP_K] > 0, 1.0, f[:, TOP_P])
     temperature = f[:, TEMPERATURE].contiguous()
-    seeds = ints[rows, SEED_LOW].contiguous(), ints[rows, SEED_HIGH].contiguous()
-    tokens = kernels.draw(logits, temperature, thresholds, *seeds, positions, num_ids)
+    seeds = i[:, SEED_LOW].contiguous(), i[:, SEED_HIGH].contiguous()
+    tokens = kernels.draw(logits, temperature, thresholds, top_p, *seeds, positions, num_ids)
     if plan.num_logprobs < 0:
         return Sampled(tokens, None, None)
-    ids, values = gather_logprobs(raw.float(), tokens, plan.num_logprobs, num_ids, plan.named)
+    ids, values = gather_logprobs(raw, tokens, plan.num_logprobs, num_ids, plan.named)
     return Sampled(tokens, ids, values)
+
+
+def warm_up(logits: Tensor, floats: Tensor, ints: Tensor, token_table: Tensor, num_ids: int) -> None:
+    """Sample in every way that has kernels of its own, so that none is compiled later. logits: [1, V], any values."""
+    rows = torch.full((1,), floats.shape[0] - 1, device=logits.device)  # the spare one
+    positions = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    for edits, penalised in (([], []), ([(0, 0, 0.0)], [0])):
+        for width in (0, 1, 33, 65):
+            for nucleus in (False, True):
+                plan = SamplingPlan(width, nucleus, penalised, len(penalised), edits, width if width < 21 else -1)
+                sample(logits, rows, positions, floats, ints, token_table, num_ids, plan)
 
 
 def _edit(
@@ -170,28 +184,23 @@ def penalise(logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lens: Tenso
     return logits - floats[:, FREQUENCY, None] * counts - floats[:, PRESENCE, None] * (counts > 0)
 
 
-def filter_thresholds(logits: Tensor, floats: Tensor, top_k: Tensor, width: int) -> Tensor:
+def filter_thresholds(ordered: Tensor, floats: Tensor, top_k: Tensor) -> Tensor:
     """[B] float32: an id may be drawn if its logit is at least this. Ids that tie with the last one kept are kept.
 
-    Top-k, then the smallest set that holds top-p of what is left (Holtzman et al., 2020, arXiv:1904.09751: an id stays
-    while the mass before it is below top_p), then ids of at least min-p of the best one's probability.
+    Top-k, then the smallest set that holds top-p of what is left (an id stays while the mass before it is below top_p),
+    then ids of at least min-p of the best one's probability. Rows without top-k have their top-p in `kernels.draw`.
 
-    logits [B, V] before temperature; floats [B, 6]; top_k [B] int32 (0: off). width: how many of the best to look at:
-    the largest top_k, or V when a row has top-p alone.
+    ordered [B, W]: the largest logits before temperature, falling, as many as the largest top_k; floats [B, 6]; top_k
+    [B] int32 (0: off).
     """
-    if width < logits.shape[1]:
-        ordered = logits.topk(width, dim=-1).values.float()  # [B, W] falling
-    else:
-        ordered = logits.sort(dim=-1, descending=True).values.float()
     temperature = floats[:, TEMPERATURE, None].clamp(min=1e-5)
-    place = torch.arange(width, device=logits.device)[None, :]
-    within = (place < top_k[:, None]) | (top_k[:, None] <= 0)
+    place = torch.arange(ordered.shape[1], device=ordered.device)[None, :]
+    within = place < top_k[:, None]
     probabilities = (ordered / temperature).masked_fill_(~within, float("-inf")).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     num_kept = (within & (before < floats[:, TOP_P, None])).sum(-1).clamp(min=1)
     last = ordered.gather(1, (num_kept - 1)[:, None])[:, 0]
-    nucleus = (top_k > 0) | (floats[:, TOP_P] < 1)
-    by_rank = torch.where(nucleus, last, float("-inf"))
+    by_rank = torch.where(top_k > 0, last, float("-inf"))
     # p >= min_p * best, in logits; log 0 is -inf: off
     return torch.maximum(by_rank, ordered[:, 0] + temperature[:, 0] * floats[:, MIN_P].log())
 
@@ -201,15 +210,14 @@ def gather_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Logprobs of the model's own distribution: of the tokens, of the `top` best ids, of named ids by row.
 
-    logits [B, V] float32 untouched; tokens [B] int64. Returns ids and values [B, 1 + top + P]; P is the longest list of
-    `named`, shorter ones repeat id 0 at their end.
+    logits [B, V] untouched, in any floating dtype; tokens [B] int64. Returns ids and values [B, 1 + top + P]; P is the
+    longest list of `named`, shorter ones repeat id 0 at their end.
     """
-    ids = [tokens[:, None]]
-    if top > 0:
-        ids.append(logits[:, :num_ids].topk(min(top, num_ids), dim=-1).indices)
+    log_sums, _, best = kernels.survey(logits, min(top, num_ids), num_ids)
+    ids = [tokens[:, None], best]
     if named:
         width = max(map(len, named))
         padded = np.array([n + [0] * (width - len(n)) for n in named], dtype=np.int64)
         ids.append(to_device(padded, logits.device))
     chosen = torch.cat(ids, dim=1)
-    return chosen, logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)
+    return chosen, logits.gather(1, chosen).float() - log_sums[:, None]

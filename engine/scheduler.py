@@ -66,6 +66,7 @@ class Scheduler:
         self.waiting: dict[str, deque[Sequence]] = {v: deque() for v in block_sizes}
         self.running: dict[int, Sequence] = {}  # by id, oldest first
         self.counters = {v: Counters() for v in block_sizes}
+        self._waits_for = dict.fromkeys(block_sizes, "budget")
         self.admitted: list[Sequence] = []
         self.new_blocks: list[tuple[int, int, int]] = []  # (row, index in the table, block)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -79,12 +80,17 @@ class Scheduler:
         """Take sequences of one more variant."""
         self.counters[name] = Counters()
         self.block_sizes[name] = block_size
+        self._waits_for[name] = "budget"
         self.waiting[name] = deque()
 
     def remove_variant(self, name: str) -> None:
         """Forget a variant that has no sequences left."""
         assert not self.waiting[name] and all(s.variant != name for s in self.running.values())
-        del self.waiting[name], self.block_sizes[name], self.counters[name]
+        del self.waiting[name], self.block_sizes[name], self.counters[name], self._waits_for[name]
+
+    def waits(self, variant: str) -> dict[str, int]:
+        """How many sequences wait for what stopped the queue in the last step (`messages.WAIT_REASONS`)."""
+        return {self._waits_for.get(variant, "budget"): len(self.waiting.get(variant, ()))}
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has checked that it fits the model's context, hence the pool."""
@@ -165,7 +171,7 @@ class Scheduler:
     def _schedule_prefill(self, variant: str, step: dict[str, list[Scheduled]], budget: int) -> int:
         for sequence in self.running.values():
             if not budget:
-                return 0
+                break
             if sequence.variant == variant and sequence.wants > 1:
                 budget -= self._schedule(step, sequence, min(budget, sequence.wants))
         queue = self.waiting[variant]
@@ -182,6 +188,7 @@ class Scheduler:
             if sequence.wants:
                 budget -= self._schedule(step, sequence, min(budget, sequence.wants))
         queue.extendleft(reversed(held))
+        self._waits_for[variant] = "rows" if not self._free_rows else "blocks" if queue and budget else "budget"
         return budget
 
     def _schedule(self, step: dict[str, list[Scheduled]], sequence: Sequence, num_tokens: int) -> int:

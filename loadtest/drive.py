@@ -4,19 +4,21 @@ A closed loop has slots that send, read to the end and send again. An open loop 
 whatever became of those before it, and times count from when it was due: a slow server, or a slow client, cannot make
 its own figures look better (no coordinated omission).
 
-Parent and worker talk over a pipe: "ready" when the first requests are built, the common start time, progress once a
-second, then the tally. Ctrl-C becomes a "stop", which ends the run early; what was measured is kept.
+Parent and worker talk over a pipe: "ready" when the first requests are built and the server is warm, the common start
+time, progress once a second, then the tally. Ctrl-C becomes a "stop", which ends the run early; what was measured is
+kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import resource
 import signal
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from types import FrameType
@@ -31,6 +33,7 @@ from loadtest.workload import Planned, Point, models_of, plan
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 HEAD_START = 0.2  # seconds from the word to start until the start, for all workers to have heard it
 PROGRESS_SECONDS = 1.0
+WARM_UP_SEED = 10**6  # added to the seed: prompts of their own
 FAILED_PAUSE = 0.1  # seconds a slot waits after a failure: a server that refuses at once must not be hammered
 
 
@@ -72,7 +75,8 @@ class Share:
 def drive(s: Settings, point: Point, seed: int, key: str | None, tell: Callable[[Progress], None]) -> list[Tally]:
     """One run over `s.processes` workers. Raises LoadError. Ctrl-C ends the run early, a second one the command."""
     count = min(s.processes, point.concurrency) if s.arrivals == "closed" else s.processes
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once, however many runs there are
+    context.set_forkserver_preload([__name__])
     pairs = [context.Pipe() for _ in range(count)]
     shares = [Share(s, point, seed, i, count, key) for i in range(count)]
     workers = [
@@ -148,8 +152,12 @@ def _collect(
 def work(share: Share, pipe: Connection) -> None:
     """A worker process's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which says "stop"
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # an overloaded server holds a connection a request
     try:
         requests = _requests(share)
+        if share.index == 0:
+            asyncio.run(_warm_up(share))
     except LoadError as e:
         pipe.send(str(e))
         return
@@ -172,6 +180,24 @@ def _requests(share: Share) -> Iterator[Planned]:
     return mine if endless else iter(list(mine))
 
 
+async def _warm_up(share: Share) -> None:
+    """A few requests to each model, one after the other. What comes of them is not looked at."""
+    s = share.settings
+    async with _session(share) as session:
+        for name in models_of(s) if s.warmup else []:
+            one = replace(s, model=name, mix=(), arrivals="closed", requests=s.warmup, duration=0.0, trace="")
+            for request in plan(one, Point(concurrency=1), s.seed + WARM_UP_SEED):
+                await send(session, s.url + PATHS[s.api], request.body, 0, 0.0, 0.0, array("d"))
+
+
+def _session(share: Share) -> aiohttp.ClientSession:
+    headers = {"Content-Type": "application/json"}
+    if share.api_key:
+        headers["Authorization"] = f"Bearer {share.api_key}"
+    timeout = aiohttp.ClientTimeout(total=share.settings.timeout, connect=None)
+    return aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
+
 class Worker:
     """One process's event loop."""
 
@@ -188,12 +214,7 @@ class Worker:
 
     async def run(self, requests: Iterator[Planned]) -> None:
         loop = asyncio.get_running_loop()
-        headers = {"Content-Type": "application/json"}
-        if self.share.api_key:
-            headers["Authorization"] = f"Bearer {self.share.api_key}"
-        timeout = aiohttp.ClientTimeout(total=self.settings.timeout, connect=None)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+        async with _session(self.share) as session:
             loop.add_reader(self.pipe.fileno(), self._stop)
             reporter = loop.create_task(self._report())
             self.main = loop.create_task(self._all(session, requests))

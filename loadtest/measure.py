@@ -12,6 +12,8 @@ interrupted (what was measured is saved first).
 from __future__ import annotations
 
 import argparse
+import http.client
+import importlib.util
 import json
 import os
 import sys
@@ -49,11 +51,12 @@ def check_server(s: Settings, api_key: str | None) -> Settings:
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
         with urllib.request.urlopen(request, timeout=ASK_SECONDS) as response:
-            names = [card["id"] for card in json.load(response)["data"]]
+            names = [str(card["id"]) for card in json.load(response)["data"]]
     except urllib.error.HTTPError as e:
         with e:
-            raise LoadError(f"{s.url}/v1/models answered HTTP {e.code}: is this an OpenAI-style server?") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+            hint = "give its key by OCTAVO_API_KEY or --api-key" if e.code == 401 else "is this an OpenAI-style server?"
+            raise LoadError(f"{s.url}/v1/models answered HTTP {e.code}: {hint}") from None
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as e:
         why = getattr(e, "reason", e) if isinstance(e, OSError) else "that is not an OpenAI-style answer"
         raise LoadError(f"{s.url}/v1/models: {why}") from None
     if not names:
@@ -72,15 +75,6 @@ def run(s: Settings, point: Point, seed: int, api_key: str | None, quiet: bool) 
     for warning in [] if quiet else result["client"]["warnings"]:
         print(f"{PROG}: warning: {warning}", file=sys.stderr)
     return result
-
-
-def warm_up(s: Settings, api_key: str | None) -> None:
-    """A few requests to each model, one after the other."""
-    for name in models_of(s) if s.warmup else []:
-        one = replace(
-            s, model=name, mix=(), arrivals="closed", requests=s.warmup, duration=0.0, processes=1, trace="", sweep=None
-        )
-        drive(one, Point(concurrency=1), s.seed + 10**6, api_key, lambda _: None)
 
 
 def points(s: Settings) -> list[Point]:
@@ -102,6 +96,7 @@ def sweep(s: Settings, api_key: str | None, quiet: bool) -> Iterator[dict[str, A
         if result["interrupted"]:
             return
         number += 1
+        s = replace(s, warmup=0)
         if result["slo"]["kept"]:
             kept = rate
         else:
@@ -167,14 +162,16 @@ def table_row(result: dict[str, Any]) -> str:
 
 def measure(s: Settings, api_key: str | None, as_json: bool) -> tuple[dict[str, Any], int]:
     """Every run of a load test, printed as it ends: the document that is saved, and the exit code. Raises LoadError."""
-    warm_up(s, api_key)
     document: dict[str, Any] = {"settings": describe(s), "runs": []}
     if not as_json:
         print(HEADER, flush=True)
     runs = (
         sweep(s, api_key, as_json)
         if s.sweep
-        else (run(s, point, s.seed + i, api_key, as_json) for i, point in enumerate(points(s)))
+        else (
+            run(replace(s, warmup=0 if i else s.warmup), point, s.seed + i, api_key, as_json)
+            for i, point in enumerate(points(s))
+        )
     )
     for result in runs:
         document["runs"].append(result)
@@ -227,6 +224,9 @@ def _parser() -> argparse.ArgumentParser:
                 text += f" (default: {default:g})"
             parser.add_argument(f"--{name.replace('_', '-')}", metavar=option.metadata["metavar"], help=text)
     parser.add_argument("--out", metavar="NAME", default="", help="save NAME.json, NAME.csv and NAME.html")
+    parser.add_argument(
+        "--png", action="store_true", default=False, help="with --out also NAME.png, its plots (needs matplotlib)"
+    )
     parser.add_argument("--json", action="store_true", default=False, help="print one JSON object a run, no table")
     parser.add_argument("--api-key", metavar="KEY", help="key to send (default: OCTAVO_API_KEY of the environment)")
     return parser
@@ -242,15 +242,19 @@ def main(argv: list[str] | None = None) -> int:
             print(compare_files(words[1], words[2]))
             return 0
         args = vars(_parser().parse_args(words))
-        scenario, out, as_json = args.pop("scenario"), args.pop("out"), args.pop("json")
+        scenario, out, as_json, png = (args.pop(name) for name in ("scenario", "out", "json", "png"))
         api_key = args.pop("api_key", None) or os.environ.get("OCTAVO_API_KEY")
         if out and not Path(out).absolute().parent.is_dir():
             raise LoadError(f"--out: there is no folder {Path(out).absolute().parent}")
+        if png and not out:
+            raise LoadError("--png needs --out NAME")
+        if png and importlib.util.find_spec("matplotlib") is None:
+            raise LoadError("--png needs matplotlib: pip install 'octavo[plot]'")
         args["url"] = args["url"].rstrip("/").removesuffix("/v1")
         s = check_server(settings_from(args, scenario), api_key)
         document, code = measure(s, api_key, as_json)
         if out:
-            save(document, out)
+            save(document, out, png)
     except LoadError as e:
         print(f"{PROG}: {e}", file=sys.stderr)
         return 2

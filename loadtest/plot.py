@@ -1,4 +1,7 @@
-"""Line plots as inline SVG, for a report that is one file. No library: a reader needs a browser and nothing else."""
+"""Line plots: as inline SVG, for a report that is one file and needs a browser and nothing else, and as PNG.
+
+Only `save_png` needs a library, matplotlib (the extra `plot`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 34, 46
+NOTHING = "nothing was measured"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 
 
@@ -20,20 +24,63 @@ class Line(NamedTuple):
     dashed: bool = False
 
 
-def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], log_x: bool = False) -> str:
-    """An <svg> of `lines` over common axes; y begins at 0. A plot without points says so."""
-    points = [p for line in lines for p in line.points]
-    body = [f'<text x="{LEFT}" y="18" class="title">{html.escape(title)}</text>']
+class Plot(NamedTuple):
+    """`lines` over common axes; y begins at 0."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    log_x: bool = False
+
+
+def svg(plot: Plot) -> str:
+    """The plot as <svg>. A plot without points says so."""
+    points = [p for line in plot.lines for p in line.points]
+    body = [f'<text x="{LEFT}" y="18" class="title">{html.escape(plot.title)}</text>']
     if not points:
-        body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing was measured</text>')
+        body.append(f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">{NOTHING}</text>')
     else:
         xs = [x for x, _ in points]
-        axis = Axes(min(xs), max(xs), max(y for _, y in points), log_x)
-        body += axis.frame(x_label, y_label)
-        for i, line in enumerate(lines):
+        axis = Axes(min(xs), max(xs), max(y for _, y in points), plot.log_x)
+        body += axis.frame(plot.x_label, plot.y_label)
+        for i, line in enumerate(plot.lines):
             body += _curve(line, axis, COLOURS[i % len(COLOURS)])
-        body += _legend(lines)
+        body += _legend(plot.lines)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(body)}</svg>'
+
+
+def save_png(title: str, plots: Sequence[Plot], path: str, columns: int = 3) -> None:
+    """All plots in one picture, row by row. Raises OSError when it cannot be written."""
+    from matplotlib.figure import Figure
+
+    num_rows = math.ceil(len(plots) / columns)
+    figure = Figure(figsize=(5.6 * columns, 3.1 * num_rows + 0.5), dpi=90, layout="constrained")
+    figure.suptitle(title)
+    places = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for place, plot in zip(places, plots, strict=False):
+        place.set_title(plot.title, fontsize=10, loc="left")
+        place.set_xlabel(plot.x_label, fontsize=8)
+        place.set_ylabel(plot.y_label, fontsize=8)
+        place.tick_params(labelsize=8)
+        place.grid(alpha=0.3)
+        drawn = [line for line in plot.lines if line.points]
+        for i, line in enumerate(plot.lines):
+            if line.points:
+                style = "--" if line.dashed else ".-" if len(line.points) <= 20 and not plot.log_x else "-"
+                place.plot(
+                    *zip(*line.points, strict=True), style, lw=1.2, color=COLOURS[i % len(COLOURS)], label=line.name
+                )
+        if not drawn:
+            place.text(0.5, 0.5, NOTHING, ha="center", transform=place.transAxes)
+        elif plot.log_x:
+            place.set_xscale("log")
+        place.set_ylim(bottom=0)
+        if len(plot.lines) > 1 and drawn:
+            place.legend(fontsize=7, loc="upper left")
+    for place in places[len(plots) :]:
+        place.axis("off")
+    figure.savefig(path, format="png")
 
 
 class Axes:

@@ -1,4 +1,7 @@
-"""What a load test leaves behind: NAME.json with everything, NAME.csv with a row a request, NAME.html to look at."""
+"""What a load test leaves behind: NAME.json with everything, NAME.csv with a row a request, NAME.html to look at.
+
+The plots of the page also go into one picture, NAME.png, when asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loadtest.plot import Line, plot
+from loadtest.plot import Line, Plot, save_png, svg
 from loadtest.settings import LoadError
 from loadtest.stream import Record
 
@@ -25,8 +28,8 @@ svg .box { fill: #fff; fill-opacity: 0.8 }
 """
 
 
-def save(document: dict[str, Any], name: str) -> None:
-    """Write the three files. Raises LoadError when that fails."""
+def save(document: dict[str, Any], name: str, png: bool = False) -> None:
+    """Write the three files, and with `png` the picture. Raises LoadError when that fails."""
     try:
         Path(f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
         with Path(f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -37,6 +40,9 @@ def save(document: dict[str, Any], name: str) -> None:
                 for row in run["rows"]:
                     writer.writerow([number, load_name(run), names[row[0]], *row[1:]])
         Path(f"{name}.html").write_text(page(document), encoding="utf-8")
+        if png:
+            words = f"{_title(document)}\n{_headline(document)}"
+            save_png(words, _plots(document["settings"], document["runs"]), f"{name}.png")
     except OSError as e:
         raise LoadError(f"--out: cannot write {name}: {e.strerror}") from None
 
@@ -50,18 +56,22 @@ def load_name(run: dict[str, Any]) -> str:
 def page(document: dict[str, Any]) -> str:
     """The whole report as one HTML document."""
     settings, runs = document["settings"], document["runs"]
-    title = f"Load test of {', '.join(settings['models'])}"
+    title = _title(document)
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(_headline(document))}</p>"]
     for run in runs:
         parts += [f'<p class="warn">{load_name(run)}: {html.escape(w)}</p>' for w in _warnings(run)]
     parts.append(f'<div class="scroll">{_table(runs)}</div>')
     if any(run["models"] for run in runs):
         parts.append(f'<h2>By variant</h2><div class="scroll">{_models_table(runs)}</div>')
-    parts.append(f'<div class="plots">{"".join(_plots(settings, runs))}</div>')
+    parts.append(f'<div class="plots">{"".join(map(svg, _plots(settings, runs)))}</div>')
     given = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
     parts.append(f"<details><summary>Settings</summary><table>{given}</table></details>")
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}<body>{''.join(parts)}</body></html>"
+
+
+def _title(document: dict[str, Any]) -> str:
+    return f"Load test of {', '.join(document['settings']['models'])}"
 
 
 def _headline(document: dict[str, Any]) -> str:
@@ -121,25 +131,25 @@ def _models_table(runs: list[dict[str, Any]]) -> str:
     return f"<table><tr><th>variant</th>{HEAD}</tr>{''.join(rows)}</table>"
 
 
-def _plots(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+def _plots(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Plot]:
     plots = []
     if len(runs) > 1 and all(run["concurrency"] or run["rate"] for run in runs):
         plots += _by_load(settings, sorted(runs, key=lambda r: r["concurrency"] or r["rate"]))
     for name, text in (*TIMES, ("speed", "speed")):
         unit = "tokens/s of one request" if name == "speed" else "ms"
         lines = [Line(load_name(run), _distribution(run["histograms"][name])) for run in runs]
-        plots.append(plot(f"{text}: share of values up to", unit, "%", lines, log_x=True))
+        plots.append(Plot(f"{text}: share of values up to", unit, "%", lines, log_x=True))
     for key, text in (("tokens", "output tokens/s"), ("in_flight", "requests in flight")):
         lines = [Line(load_name(run), list(enumerate(run["timeline"][key]))) for run in runs]
-        plots.append(plot(f"{text} over time", "seconds", text, lines))
+        plots.append(Plot(f"{text} over time", "seconds", text, lines))
     return plots
 
 
-def _by_load(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+def _by_load(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Plot]:
     x_label = "streams at once" if runs[0]["concurrency"] else "requests/s"
     xs = [run["concurrency"] or run["rate"] for run in runs]
     tokens = Line("out", [(x, run["output_tokens_per_second"]) for x, run in zip(xs, runs, strict=True)])
-    plots = [plot("Output tokens/s by load", x_label, "tokens/s", [tokens])]
+    plots = [Plot("Output tokens/s by load", x_label, "tokens/s", [tokens])]
     for name, text in (("ttft", "TTFT"), ("itl", "ITL")):
         lines = [
             Line(q, [(x, run[name][q]) for x, run in zip(xs, runs, strict=True) if run[name]])
@@ -149,7 +159,7 @@ def _by_load(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
             if limit.startswith(name):
                 value = float(limit.partition("=")[2].removesuffix("ms"))
                 lines.append(Line(limit, [(min(xs), value), (max(xs), value)], dashed=True))
-        plots.append(plot(f"{text} by load", x_label, "ms", lines))
+        plots.append(Plot(f"{text} by load", x_label, "ms", lines))
     return plots
 
 

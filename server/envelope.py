@@ -16,6 +16,7 @@ from server.metrics import REJECTED, REQUESTS, Counters
 ENDPOINTS = {
     "/v1/completions": "completions",
     "/v1/chat/completions": "chat",
+    "/v1/compare": "compare",
     "/v1/models": "models",
     "/v1/variants": "variants",
     "/tokenize": "tokenize",
@@ -74,6 +75,7 @@ class Envelope:
             logger.exception("request %s failed", request_id, extra={"fields": {"request_id": request_id}})
             if status:
                 raise
+            state["rejected"] = "internal_error"
             await ApiError("internal_error").response(request_id)(scope, receive, send_with_id)
         finally:
             endpoint = ENDPOINTS.get(scope["path"], "other")

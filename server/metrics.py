@@ -14,7 +14,7 @@ one KV pool, so each variant reports the same `vllm:kv_cache_usage_perc`.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -22,7 +22,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import EngineInfo, EngineStats, Status
+from engine.messages import (
+    STEP_BOUNDS,
+    WAIT_REASONS,
+    CanaryReport,
+    EngineInfo,
+    EngineStats,
+    Status,
+    VariantStats,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SEPARATOR = "|"  # between a metric's name and its label values, in the keys of `ApiReport.deltas`
@@ -97,9 +105,13 @@ VARIANT_COUNTERS = {
         "Prompt tokens found in the prefix cache.",
     ),
 }
-VARIANT_GAUGES = {
-    "running": (("octavo_requests_running", "vllm:num_requests_running"), "Sequences in the engine's batch."),
-    "waiting": (("octavo_requests_waiting", "vllm:num_requests_waiting"), "Sequences waiting for their first step."),
+
+CANARY_GAUGES = {
+    "accuracy": "Share of the canary's questions that the variant has right.",
+    "perplexity": "Of the canary's text, a token.",
+    "kl": "Mean divergence from bf16's distribution over the four letters, in nats.",
+    "worse": "1 where the variant is worse than bf16 beyond chance and tolerance, else 0.",
+    "failed": "Requests of the canary's last round without an answer.",
 }
 
 Totals = dict[str, dict[tuple[str, ...], float]]  # metric -> label values -> total
@@ -178,6 +190,8 @@ class StatusCollector(Collector):
             yield from self._histograms(info, totals)
         if info is not None and status.stats is not None:
             yield from self._engine(info, status.stats)
+        if info is not None and status.canary is not None:
+            yield from self._canary(info, status.canary)
 
     def _model_id(self, variant: str) -> str:
         return f"{self.served_name}:{variant}"
@@ -211,8 +225,7 @@ class StatusCollector(Collector):
             known = totals.get(key, {})
             for name in names:
                 counts = [known.get((name, str(i)), 0.0) for i in range(len(histogram.bounds) + 1)]
-                bounds = [*map(str, histogram.bounds), "+Inf"]
-                buckets = list(zip(bounds, accumulate(counts), strict=True))
+                buckets = _buckets(histogram.bounds, counts)
                 family.add_metric([self._model_id(name)], buckets, known.get((name, SUM), 0.0))
                 if key in ("time_to_first_token", "inter_token_latency"):
                     tokens[name] += sum(counts)
@@ -226,27 +239,56 @@ class StatusCollector(Collector):
         ends = {(ids[name], reason): finished.get((name, reason), 0.0) for name in names for reason in FINISH_REASONS}
         yield _counter("vllm:request_success", "Sequences, by how they ended.", ends, "model_name", "finished_reason")
 
+    def _canary(self, info: EngineInfo, report: CanaryReport) -> Iterator[Metric]:
+        known = {v.name: report.figures.get(v.name, {}) for v in info.variants}
+        for key, text in CANARY_GAUGES.items():
+            values = {(name,): figures[key] for name, figures in known.items() if key in figures}
+            yield _gauge(f"octavo_canary_{key}", text, values, "variant")
+        yield _gauge("octavo_canary_timestamp_seconds", "End of the last round, Unix time.", {(): report.at})
+
     def _engine(self, info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
         """The engine's own counts; they begin anew with a new engine."""
-        for table, make in ((VARIANT_COUNTERS, _counter), (VARIANT_GAUGES, _gauge)):
-            for field, (metrics, text) in table.items():
-                values = {name: float(getattr(s, field)) for name, s in stats.variants.items()}
-                for metric in metrics:
-                    own = metric.startswith("octavo")
-                    by_label = {(name if own else self._model_id(name),): value for name, value in values.items()}
-                    yield make(metric, text, by_label, "variant" if own else "model_name")
+        variants = stats.variants
+        for field, (metrics, text) in VARIANT_COUNTERS.items():
+            for metric in metrics:
+                own = metric.startswith("octavo")
+                values = {(n if own else self._model_id(n),): float(getattr(s, field)) for n, s in variants.items()}
+                yield _counter(metric, text, values, "variant" if own else "model_name")
+        yield from self._sequences(variants)
         free = stats.blocks_total - stats.blocks_used - stats.blocks_cached
         blocks = {("used",): stats.blocks_used, ("cached",): stats.blocks_cached, ("free",): free}
         yield _gauge("octavo_kv_blocks", "Blocks of the KV pool.", blocks, "state")
         usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
         per_model = {(self._model_id(v.name),): usage for v in info.variants}
         yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.", per_model, "model_name")
-        yield _counter("octavo_steps", "Steps since the engine started.", {(): stats.steps})
-        yield _counter("octavo_step_seconds", "Wall time of all steps.", {(): stats.step_seconds})
+        steps = HistogramMetricFamily("octavo_step_seconds", "Wall time of a step of the engine.")
+        steps.add_metric([], _buckets(STEP_BOUNDS, stats.step_buckets), stats.step_seconds)
+        yield steps
+        waited = "Time that the device stood idle between two batches: it waited for the host."
+        yield _counter("octavo_device_wait_seconds", waited, {(): stats.wait_seconds})
         yield _counter("octavo_graph_replays", "Batches that ran through a CUDA graph.", {(): stats.graph_replays})
+        compiles = {("before_ready",): stats.compiles_before_ready, ("after_ready",): stats.compiles_after_ready}
+        yield _counter("octavo_kernel_compiles", "Triton kernels compiled; none should be after.", compiles, "when")
         yield _gauge(
             "octavo_step_busy_seconds", "How long the present step has been running.", {(): stats.busy_seconds}
         )
+
+    def _sequences(self, variants: Mapping[str, VariantStats]) -> Iterator[Metric]:
+        """Who runs and who waits for what, now."""
+        running = {n: s.running for n, s in variants.items()}
+        waiting = {n: sum(s.waiting.values()) for n, s in variants.items()}
+        by_reason = {(n, reason): s.waiting.get(reason, 0) for n, s in variants.items() for reason in WAIT_REASONS}
+        runs, waits = "Sequences in the engine's batch.", "Sequences that wait to be taken into the batch"
+        yield _gauge("octavo_requests_running", runs, {(n,): v for n, v in running.items()}, "variant")
+        yield _gauge("octavo_requests_waiting", f"{waits}, by what they wait for.", by_reason, "variant", "reason")
+        for name, text, values in (("running", runs, running), ("waiting", f"{waits}.", waiting)):
+            by_model = {(self._model_id(n),): v for n, v in values.items()}
+            yield _gauge(f"vllm:num_requests_{name}", text, by_model, "model_name")
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[float]) -> list[tuple[str, float]]:
+    """Prometheus' running totals by upper bound; `counts` has one more entry, for what is beyond the last."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True))
 
 
 def _gauge(name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:

@@ -1,7 +1,8 @@
 """HTTP/1.1 under limits: how large a request's head may be and how long it may take to arrive.
 
 uvicorn's httptools protocol has neither. A head that is too large gets 431, one that does not arrive in time 408,
-broken HTTP 400, all as JSON in OpenAI's shape, and the connection closes.
+broken HTTP 400, all as JSON in OpenAI's shape, and the connection closes. Such a request never reaches the envelope,
+so it is counted here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.envelope import new_request_id
 from server.errors import ApiError
+from server.metrics import REJECTED, REQUESTS
 
 MAX_HEAD_BYTES = 64 * 2**10
 MAX_HEADERS = 128
@@ -90,6 +92,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()  # in the middle of another answer there is nothing to say
             return
         error, request_id = ApiError(kind), new_request_id()
+        counters = self.app_state["client"].counters  # what the application's lifespan yields
+        counters.add(REQUESTS, "other", "", str(error.rule.status))
+        counters.add(REJECTED, kind)
         body = error.body(request_id)
         head: dict[str, Any] = {"content-type": "application/json", "content-length": len(body)}
         head |= {"x-request-id": request_id, "connection": "close"}

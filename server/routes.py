@@ -15,12 +15,21 @@ from starlette.responses import Response
 from engine.messages import AddVariant, EngineInfo, RemoveVariant, Status, VariantInfo
 from engine.quant.formats import parse_format
 from engine.sequence import ParameterError
+from server.compare import compare_variants
 from server.engine_client import EngineClient
 from server.errors import ApiError, ClientGone
 from server.metrics import CONTENT_TYPE, Page
 from server.prepared import Services, count_sequences, prepare, resolve_model
 from server.responses import Answer, EventStream, whole
-from server.schemas import AddVariantRequest, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.schemas import (
+    AddVariantRequest,
+    ChatRequest,
+    CompareRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
 
 LARGE_BODY = 32 * 2**10  # a larger request is tokenised and hashed in a thread
 BODY_SECONDS = 120.0
@@ -47,6 +56,15 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions."""
     return await _generate(request, ChatRequest)
+
+
+@router.post("/v1/compare")
+async def compare(request: Request) -> Response:
+    """One prompt through several variants, and where they part."""
+    client: EngineClient = request.state.client
+    info = client.ready_info()
+    body = parse(CompareRequest, await _read_body(request))
+    return _json(await compare_variants(request.state.services, client, info, body, request.receive))
 
 
 async def _generate(request: Request, schema: type[CompletionRequest] | type[ChatRequest]) -> Response:

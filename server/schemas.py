@@ -102,6 +102,17 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
+class CompareRequest(msgspec.Struct, kw_only=True):
+    """variants: names, or model names; null: all. Without a continuation, `max_tokens` greedy ones of the baseline."""
+
+    prompt: str | list[int]
+    continuation: str | list[int] | None = None
+    variants: list[str] | None = None
+    max_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = None
+
+
 # Name -> why it is refused. Values that ask for nothing (null, and those of HARMLESS) pass.
 UNSUPPORTED = {
     "suffix": "suffix is not supported.",
@@ -163,7 +174,14 @@ def _decoders(schema: type[msgspec.Struct]) -> dict[str, msgspec.json.Decoder[An
 
 DECODERS: dict[type[msgspec.Struct], dict[str, msgspec.json.Decoder[Any]]] = {
     schema: _decoders(schema)
-    for schema in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, AddVariantRequest)
+    for schema in (
+        CompletionRequest,
+        ChatRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        CompareRequest,
+        AddVariantRequest,
+    )
 }
 _PROMPTS = {b"s": msgspec.json.Decoder(str)} | {
     b"[" + first: msgspec.json.Decoder(kind)

@@ -140,6 +140,9 @@ class ServerSettings(BaseSettings):
         "auto", "The model", "what bf16 computes in; auto: the checkpoint's on a GPU, float32 on a CPU"
     )
     device: Annotated[str, AfterValidator(_device)] = _option("auto", "The model", "auto, cpu, cuda or cuda:N", "NAME")
+    kernels_for: Literal["", "sm_80", "sm_86", "sm_89", "sm_90"] = _option(
+        "", "The model", "choose kernels as on another, older chip; default: the one that is here"
+    )
     load_format: Literal["auto", "dummy"] = _option(
         "auto", "The model", "dummy: random weights, made from the configuration alone"
     )
@@ -190,6 +193,12 @@ class ServerSettings(BaseSettings):
     step_timeout: float = _option(
         60.0, "Running", "a step longer than this means the engine hangs", "SECONDS", gt=0, le=86400
     )
+    canary: bool = _option(
+        False,
+        "Running",
+        "let each variant answer a small exam at start and then now and again; /metrics has the figures",
+    )
+    canary_interval: float = _option(3600.0, "Running", "between two exams of the canary", "SECONDS", ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Running", "least level to log")
     log_format: Literal["text", "json"] = _option(
         "text", "Running", "json: one object a line, with each request, its id, status, time and tokens"
@@ -238,6 +247,7 @@ class ServerSettings(BaseSettings):
             device=self.device,
             dtype=self.dtype,
             load_format=self.load_format,
+            kernels_for=self.kernels_for,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -36,6 +36,7 @@ from engine.messages import (
     REPORT_ENDPOINT,
     STATUS_ENDPOINT,
     ApiReport,
+    CanaryReport,
     DropClient,
     EngineInfo,
     EngineReady,
@@ -82,6 +83,8 @@ class Supervisor:
         self.totals: dict[str, float] = {}
         self.engine: Child | None = None
         self.apis: list[Child] = []
+        self.canary: Child | None = None
+        self.canary_report: CanaryReport | None = None
         self.engine_deaths: deque[float] = deque()
         self.restart_at: float | None = None
         self.last_heartbeat = 0.0
@@ -141,6 +144,7 @@ class Supervisor:
             self._wait(next_tick - now)
             self._watch_engine()
             self._watch_apis()
+            self._watch_canary()
             self._announce()
         return self._shut_down()
 
@@ -184,8 +188,22 @@ class Supervisor:
         )
         return Child(f"API process {client_id}", "server.app", config, client_id, deaths, (self.listener.fileno(),))
 
+    def _start_canary(self, url: str) -> Child:
+        # server.canary.CanaryConfig, spelled out: importing it would import httpx
+        s = self.settings
+        config = {
+            "url": url,
+            "api_key": s.api_key[0] if s.api_key else "",
+            "host": s.allowed_hosts[0] if s.allowed_hosts else "",
+            "ipc_dir": str(self.ipc_dir),
+            "interval": s.canary_interval,
+            "log_format": s.log_format,
+            "log_level": s.log_level,
+        }
+        return Child("canary", "server.canary", config)
+
     def _children(self) -> list[Child]:
-        return [*self.apis, *([self.engine] if self.engine else [])]
+        return [*self.apis, *(child for child in (self.engine, self.canary) if child)]
 
     def _watch_engine(self) -> None:
         now = time.monotonic()
@@ -242,6 +260,13 @@ class Supervisor:
             self.apis[place] = self._start_api(child.deaths)
             log.error("%s died (%s); %s takes its place", child.name, child.ending(), self.apis[place].name)
 
+    def _watch_canary(self) -> None:
+        """Without it the server serves on: it stays away, and its figures do not grow old unseen."""
+        if self.canary is not None and self.canary.code is not None:
+            log.error("the canary ended (%s): no more of its figures until the next start", self.canary.ending())
+            self.canary.close()
+            self.canary = self.canary_report = None
+
     # Messages
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
@@ -276,6 +301,8 @@ class Supervisor:
             for child in self.apis:
                 if child.client_id == report.client_id:
                     child.listening = child.listening or report.listening
+        elif isinstance(report, CanaryReport):
+            self.canary_report = report
         elif report.epoch != self.epoch or self.engine is None:
             return  # a last word of an engine that is gone
         elif isinstance(report, EngineReady):
@@ -300,7 +327,7 @@ class Supervisor:
         self._publish()
 
     def _publish(self) -> None:
-        status = Status(self.epoch, self.state, self.info, self.stats, self.totals)
+        status = Status(self.epoch, self.state, self.info, self.stats, self.totals, self.canary_report)
         self.status.send(msgspec.msgpack.encode(status))
 
     def _announce(self) -> None:
@@ -317,6 +344,8 @@ class Supervisor:
         self.announced = True
         s = self.settings
         url = server_url(s.host, self.listener.getsockname()[1])
+        if s.canary:
+            self.canary = self._start_canary(url)
         if s.log_format == "json":
             log.info("ready", extra={"fields": ready_fields(url, s.model_name, self.info, now - self.started)})
         else:
@@ -328,6 +357,8 @@ class Supervisor:
         """Let API processes finish what they have, then end the engine. A second signal ends all at once."""
         if self.announced:
             log.info("ending: requests may run for %g s more; once more to stop at once", self.settings.drain_seconds)
+        if self.canary is not None:
+            self.canary.close()  # first, so that it asks nothing of a server that drains
         for child in self.apis:
             if child.code is None:
                 child.process.terminate()

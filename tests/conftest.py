@@ -1,8 +1,11 @@
-"""Skips the tests marked `gpu` where torch sees no CUDA device; fixes hypothesis' examples in CI."""
+"""For all tests: skips those marked `gpu` where there is no CUDA device, fixes hypothesis' examples in CI, lets SIGINT
+through.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -11,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("gate", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("gate")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the servers of tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

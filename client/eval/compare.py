@@ -78,6 +78,8 @@ class Comparison:
 def compare(first: JSON, second: JSON) -> Comparison:
     """Pair two results. Raises EvalError where they are not of the same questions."""
     names = [f"{r['model']}:{r['variant']}" for r in (first, second)]
+    if first["task"] not in FIRST_METHODS:
+        raise EvalError(f"{first['task']} is not compared in pairs: its figures stand in the report")
     for key in ("task", "method", "settings"):
         if first[key] != second[key]:
             raise EvalError(f"{names[0]} and {names[1]} cannot be compared: their {key} differ")
@@ -149,8 +151,9 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def against_baseline(results: Sequence[JSON]) -> list[Comparison]:
     """Every variant against `bf16` of the same model, task and method, corrected together."""
-    base = {(r["model"], r["task"], r["method"]): r for r in results if r["variant"] == BASELINE}
-    pairs = [(base.get((r["model"], r["task"], r["method"])), r) for r in results if r["variant"] != BASELINE]
+    paired = [r for r in results if r["task"] in FIRST_METHODS]
+    base = {(r["model"], r["task"], r["method"]): r for r in paired if r["variant"] == BASELINE}
+    pairs = [(base.get((r["model"], r["task"], r["method"])), r) for r in paired if r["variant"] != BASELINE]
     return correct([compare(b, r) for b, r in pairs if b is not None])
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from client.eval.report import Block, Bullets, Chart, Heading, Paragraph, Point, Table
+from client.eval.blocks import Block, Bullets, Chart, Heading, Paragraph, Point, Table
 from client.eval.results import BASELINE
 
 STYLE = """

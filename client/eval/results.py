@@ -20,15 +20,21 @@ from typing import IO, Any, Self
 from client.eval.data import EvalError
 
 JSON = dict[str, Any]
-VERSION = 1
+VERSION = 2
 BASELINE = "bf16"
 NEEDED = ("model", "variant", "task", "method", "settings", "figures", "rows")
 
 
-def stem(out: Path, model: str, variant: str, task: str, method: str) -> Path:
-    """The two files' common path, without the suffix. Names become safe as file names."""
+def path(out: Path, model: str, variant: str, task: str, method: str, suffix: str) -> Path:
+    """Where one of the two files is. Names become safe as file names."""
     parts = [re.sub(r"[^\w.+-]+", "--", part).strip(".-") or "unnamed" for part in (model, variant)]
-    return out.joinpath(*parts, f"{task}-{method}")
+    return out.joinpath(*parts, f"{task}-{method}{suffix}")
+
+
+def as_read(value: JSON) -> JSON:
+    """As it comes back from a file: tuples are lists."""
+    found: JSON = json.loads(json.dumps(value))
+    return found
 
 
 class Journal:
@@ -37,7 +43,7 @@ class Journal:
     def __init__(self, path: Path, heading: JSON) -> None:
         self.path = path
         self.rows: dict[str, JSON] = {}
-        self._heading = json.loads(json.dumps(heading))  # as it will be read back
+        self._heading = as_read(heading)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = self._read()
@@ -119,5 +125,7 @@ def load(path: Path) -> JSON:
     if not isinstance(result, dict) or any(name not in result for name in NEEDED):
         raise EvalError(f"{path} is not a result of octavo-eval")
     if result.get("version") != VERSION:
-        raise EvalError(f"{path} is of version {result.get('version')}, not {VERSION}: run the evaluation again")
+        raise EvalError(
+            f"{path} is of version {result.get('version')}, not {VERSION}: run the evaluation again, with --fresh"
+        )
     return result

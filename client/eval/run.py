@@ -1,6 +1,7 @@
 """`octavo-eval`: what a precision costs, measured over HTTP.
 
 octavo-eval suite --preset pocket                   everything, for every variant the server has; a report
+octavo-eval suite --preset study --admin-key KEY    the study's 29 variants, loaded and dropped as they fit
 octavo-eval suite --preset study --limit 1000 --fail-if "mmlu<bf16-1.0"
 octavo-eval mmlu --variants bf16,int8-row           accuracy alone
 octavo-eval wikitext --window 2048 --stride 1024    perplexity alone
@@ -21,11 +22,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from client.api import BadAnswer, ConnectionFailed, NotFound, OctavoClient, OctavoError, Unauthorized
-from client.eval import data, mmlu, page, report, results, wikitext
+from client.eval import blocks, data, mmlu, page, report, results, wikitext
+from client.eval.bench import Bench, load_bench
 from client.eval.compare import Comparison, against_baseline, compare, correct, parse_gate
-from client.eval.suite import PRESETS, Served, is_pocket, load_speeds, make_tasks, run, served
+from client.eval.findings import Findings
+from client.eval.loading import Served, VariantLoader, is_pocket, pick, served
+from client.eval.plan import print_plan
+from client.eval.study import STUDY
+from client.eval.suite import Outcome, Task, make_tasks, run
+from client.eval.throughput import Throughput, counts_phases, parse_load
 
 JSON = dict[str, Any]
+PRESETS: dict[str, tuple[str, ...]] = {"pocket": (), "study": STUDY}  # the variants that must be named in the report
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
             print_table([_row(c) for c in comparisons])
         else:
             comparisons = asyncio.run(measure(args))
-        failures = [line for gate in gates for line in gate.failures(comparisons, args.strict)]
+        planned = getattr(args, "dry_run", False)
+        failures = [line for gate in gates if not planned for line in gate.failures(comparisons, args.strict)]
     except (OctavoError, data.EvalError) as e:
         after = "" if args.command == "compare" else _hint(e, args.url) + _kept(args.out)
         print(f"octavo-eval: {' '.join(str(e).split())}{after}", file=sys.stderr)
@@ -82,14 +91,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sub = commands.add_parser(name)
         sub.add_argument("--url", default="http://127.0.0.1:8000")
         sub.add_argument("--api-key", default=os.environ.get("OCTAVO_API_KEY"), help="default: $OCTAVO_API_KEY")
-        sub.add_argument("--variants", type=names, help="with commas between; default: all that the server has")
+        sub.add_argument(
+            "--admin-key",
+            default=os.environ.get("OCTAVO_ADMIN_KEY"),
+            help="of the server, to load and drop variants (default: $OCTAVO_ADMIN_KEY)",
+        )
+        sub.add_argument("--variants", type=names, help="with commas between; default: the server's and the preset's")
         sub.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (default: results)")
         sub.add_argument("--fresh", action="store_true", help="measure anew what is in --out already")
         sub.add_argument("--data", choices=("pocket", "hub"), help="default: pocket for the bundled model, else hub")
         sub.add_argument("--concurrency", type=positive, default=16, help="requests at once (default: 16)")
         if name == "suite":
             sub.add_argument("--preset", choices=sorted(PRESETS), default="pocket", help="default: pocket")
-            sub.add_argument("--throughput", type=Path, metavar="FILE", help="output of octavo-load --json")
+            sub.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help=BENCH)
+            sub.add_argument("--load", type=parse_load, default=Throughput(), metavar="SxIxO", help=LOAD)
+            sub.add_argument("--dry-run", action="store_true", help="say what would be done and how long it would take")
         if name != "wikitext":
             add_mmlu_options(sub, with_method=name == "mmlu")
         if name != "mmlu":
@@ -141,22 +157,44 @@ def names(text: str) -> list[str]:
 
 async def measure(args: argparse.Namespace) -> list[Comparison]:
     """Run the tasks, print the tables, write the suite's report; the comparisons with bf16."""
-    speeds = load_speeds(args.throughput) if getattr(args, "throughput", None) else {}
-    async with OctavoClient(args.url, args.api_key, concurrency=args.concurrency) as client:
-        variants = await served(client, args.variants)
-        exam = load_exam(args, variants) if args.command != "wikitext" else None
-        text = load_text(args, variants) if args.command != "mmlu" else None
-        methods = [args.method] if args.command != "suite" else [*mmlu.METHODS, *wikitext.METHODS]
-        options = {k: v for k, v in vars(args).items() if k in TASK_OPTIONS}
-        found = await run(client, args.url, variants, make_tasks(exam, text, methods, **options), args.out, args.fresh)
+    suite = args.command == "suite"
+    bench = load_bench(args.bench) if suite else Bench()
+    preset, can_load = PRESETS[args.preset] if suite else (), bool(args.admin_key)
+    async with OctavoClient(args.url, args.api_key, admin_key=args.admin_key, concurrency=args.concurrency) as client:
+        held = await served(client)
+        wanted = pick(held, args.variants, preset, can_load)
+        tasks = tasks_of(args, held)
+        chosen = {s.variant for s in wanted}
+        missing = {name: "not among --variants" for name in preset if name not in chosen}
+        if suite and await counts_phases(client, held[0].id):
+            tasks.append(args.load)
+        elif suite:
+            missing["throughput"] = "the server's /metrics does not count the device time of prefill and decode"
+        if suite and args.dry_run:
+            await print_plan(client, held, wanted, tasks, args.out, can_load)
+            return []
+        async with VariantLoader(client, held, args.out, can_load) as loader:
+            outcome = await run(client, args.url, wanted, loader, tasks, args.out, args.fresh)
+    found = outcome.results
     comparisons = against_baseline(found)
-    print_table([figures(r) for r in found])
+    print_table([figures(r) for r in found if r["task"] != Throughput.name])
+    print_table([speeds(r) for r in found if r["task"] == Throughput.name])
     print_table([_row(c) for c in comparisons])
-    if args.command == "suite":
-        write_report(args, variants, found, comparisons, speeds)
+    if suite:
+        write_report(args, held, Outcome(found, missing | outcome.missing), comparisons, bench)
     return comparisons
 
 
+def tasks_of(args: argparse.Namespace, held: Sequence[Served]) -> list[Task]:
+    """The tasks of the command line over the data that it names."""
+    exam = load_exam(args, held) if args.command != "wikitext" else None
+    text = load_text(args, held) if args.command != "mmlu" else None
+    methods = [args.method] if args.command != "suite" else [*mmlu.METHODS, *wikitext.METHODS]
+    return make_tasks(exam, text, methods, **{k: v for k, v in vars(args).items() if k in TASK_OPTIONS})
+
+
+BENCH = "output of octavo-bench matmul-error --json or throughput --json, for the report"
+LOAD = "sequences, prompt tokens and output tokens of the throughput load (default: 16x128x64)"
 TASK_OPTIONS = ("limit", "shots", "seed", "text_limit", "window", "stride", "join", "prefix")
 
 
@@ -175,24 +213,14 @@ def load_text(args: argparse.Namespace, variants: Sequence[Served]) -> data.Text
 
 
 def write_report(
-    args: argparse.Namespace,
-    variants: Sequence[Served],
-    found: list[JSON],
-    comparisons: list[Comparison],
-    speeds: dict[str, float],
+    args: argparse.Namespace, held: Sequence[Served], outcome: Outcome, comparisons: list[Comparison], bench: Bench
 ) -> None:
-    loaded = {s.variant for s in variants}
-    findings = report.Findings(
-        found,
-        comparisons,
-        {s.variant: speeds[s.id] for s in variants if s.id in speeds},
-        [name for name in PRESETS[args.preset] if name not in loaded],
-        [line for gate in map(parse_gate, args.fail_if) for line in gate.failures(comparisons, args.strict)],
-    )
-    title = f"What a precision costs: {', '.join(dict.fromkeys(s.model for s in variants))}"
-    blocks = report.build(findings)
-    results.write(args.out / "report.md", report.markdown(title, blocks))
-    results.write(args.out / "report.html", page.page(title, blocks))
+    failed = [line for gate in map(parse_gate, args.fail_if) for line in gate.failures(comparisons, args.strict)]
+    findings = Findings(outcome.results, comparisons, outcome.missing, failed, bench, args.preset == "study")
+    title = f"What a precision costs: {', '.join(dict.fromkeys(s.model for s in held))}"
+    parts = report.build(findings)
+    results.write(args.out / "report.md", blocks.markdown(title, parts))
+    results.write(args.out / "report.html", page.page(title, parts))
     print(f"{args.out / 'report.md'} and {args.out / 'report.html'} hold the report")
 
 
@@ -204,6 +232,13 @@ def figures(result: JSON) -> JSON:
     line |= {"failed": found["failed"], "value": found[value]}
     line |= {key: found[key] for key in ("stderr", "low", "high")}
     return line | {"cached": found.get("hit_rate"), "byte_ppl": found.get("byte_perplexity")}
+
+
+def speeds(result: JSON) -> JSON:
+    """A line of the table of throughputs."""
+    found = result["figures"]
+    line = {"variant": result["variant"], "figure": "throughput", "rounds": found["n"]}
+    return line | {key: found[key] for key in ("prefill_samples_s", "prefill_tok_s", "decode_tok_s")}
 
 
 def _row(c: Comparison) -> JSON:

@@ -1,39 +1,36 @@
-"""The suite: tasks over the variants that a server has loaded, resumable, then the report and the gates.
+"""The suite: tasks over variants of one server, resumable.
 
 Variants go one after another, `bf16` first, and under each the tasks, so that the generate method finds the direct
-method's prompts in the prefix cache. A question that the server answers with an error, after the client's retries, is
-kept as failed and asked again by the next run; a server that is gone, an unknown model or an answer of another shape
-ends the run, and what was done stays in the journals.
+method's prompts in the prefix cache. A variant of which everything is measured already is not loaded again; one that
+cannot be had is named with the reason, and the others go on. A question that the server answers with an error, after
+the client's retries, is kept as failed and asked again by the next run; a server that is gone, an unknown model or an
+answer of another shape ends the run, and what was done stays in the journals.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from client.api import BadRequest, OctavoClient, RateLimited, ServerError
 from client.eval import mmlu, results, wikitext
 from client.eval.data import EvalError, Exam, Text
+from client.eval.loading import Served, Unavailable, VariantLoader
 
 JSON = dict[str, Any]
+Items = Sequence[tuple[str, Any]]  # of a task: (id, what to ask)
 
-_WEIGHT_ONLY = [
-    f"{dtype}-{size}"
-    for dtype in ("int8", "fp8")
-    for size in ("tensor", "row", *map("g{}".format, (64, 128, 256, 512)))
-]
-STUDY = (
-    results.BASELINE,
-    *_WEIGHT_ONLY,
-    *(f"{name}-fake" for name in _WEIGHT_ONLY),
-    *(f"w8a8-{dtype}-row{smooth}" for smooth in ("", "-smooth") for dtype in ("int8", "fp8")),
-)
-PRESETS: dict[str, tuple[str, ...]] = {"pocket": (), "study": STUDY}  # the variants that should be there
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found. missing: why a variant could not be measured, by its name."""
+
+    results: list[JSON] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -45,52 +42,9 @@ class Task(Protocol):
     def method(self) -> str: ...
     @property
     def settings(self) -> JSON: ...
-    async def items(self, client: OctavoClient, model: str) -> Sequence[tuple[str, Any]]: ...
+    async def items(self, client: OctavoClient, model: str) -> Items: ...
     async def asker(self, client: OctavoClient, model: str) -> Callable[[Any], Awaitable[JSON]]: ...
     def figures(self, rows: Sequence[JSON]) -> JSON: ...
-
-
-@dataclass(frozen=True)
-class Served:
-    """One variant of a server. `id` is the name to ask for; bytes are None where the server does not tell."""
-
-    id: str
-    model: str
-    variant: str
-    root: str | None = None
-    own_bytes: int | None = None
-    shared_bytes: int | None = None
-
-
-async def served(client: OctavoClient, only: Sequence[str] | None = None) -> list[Served]:
-    """The variants of a server, `bf16` first. `only`: variants or model names. Raises EvalError for one not loaded."""
-    found: dict[str, Served] = {}
-    for entry in await client.models():
-        name = str(entry.get("id"))
-        variant = str(entry.get("variant") or name.partition(":")[2] or "default")
-        kept = Served(
-            name,
-            name.removesuffix(f":{variant}"),
-            variant,
-            *(entry.get(field) for field in ("root", "own_bytes", "shared_bytes")),
-        )
-        if f"{name}:{variant}" not in found:  # the bare name is the default variant once more
-            found.pop(kept.model, None)
-            found[name] = kept
-    chosen = list(found.values())
-    if only is not None:
-        for wanted in only:
-            if not any(wanted in (s.id, s.variant) for s in chosen):
-                raise EvalError(f"{wanted} is not loaded; the server has {', '.join(s.id for s in chosen)}")
-        chosen = [s for s in chosen if s.variant in only or s.id in only]
-    if not chosen:
-        raise EvalError("the server has no model loaded")
-    return sorted(chosen, key=lambda s: s.variant != results.BASELINE)
-
-
-def is_pocket(variants: Sequence[Served]) -> bool:
-    """Whether the server has the bundled model."""
-    return all(s.root is not None and Path(s.root).name == "pocket" for s in variants)
 
 
 def make_tasks(
@@ -117,21 +71,67 @@ def make_tasks(
     return made
 
 
+def title(task: Task) -> str:
+    return f"{task.name}-{task.method}"
+
+
 async def run(
-    client: OctavoClient, url: str, variants: Sequence[Served], tasks: Sequence[Task], out: Path, fresh: bool = False
-) -> list[JSON]:
-    """Every task of every variant; the results, each also written under `out`. Raises EvalError, the client's errors.
+    client: OctavoClient,
+    url: str,
+    wanted: Sequence[Served],
+    loader: VariantLoader,
+    tasks: Sequence[Task],
+    out: Path,
+    fresh: bool = False,
+) -> Outcome:
+    """Every task of every variant, each result also written under `out`. Raises EvalError, the client's errors.
 
     fresh: forget the journals that are there.
     """
-    items = {id(task): await task.items(client, variants[0].id) for task in tasks}  # variants share a tokenizer
-    progress = Progress([(f"{task.name}-{task.method}", len(items[id(task)])) for task in tasks], len(variants))
-    found = []
-    with progress:
-        for variant in variants:
-            for task in tasks:
-                found.append(await run_task(client, url, variant, task, items[id(task)], out, fresh, progress))
-    return found
+    items = [await task.items(client, wanted[0].id) for task in tasks]  # variants share a tokenizer
+    sizes = {title(task): len(its) for task, its in zip(tasks, items, strict=True)}
+    outcome = Outcome()
+    with Progress(sizes, len(wanted)) as progress:
+        for variant in wanted:
+            if fresh:
+                forget(out, variant, tasks)
+            known = [whole(out, variant, task, its) for task, its in zip(tasks, items, strict=True)]
+            try:
+                served = await loader.ensure(variant) if None in known else variant
+            except Unavailable as e:
+                outcome.missing[variant.variant] = str(e)
+                outcome.results.extend(result for result in known if result is not None)
+                progress.skip()
+                continue
+            for task, its, result in zip(tasks, items, known, strict=True):
+                if result is None:
+                    result = await run_task(client, url, served, task, its, out, progress)
+                else:
+                    progress.begin(title(task), variant.variant, len(its))
+                outcome.results.append(result)
+    return outcome
+
+
+def forget(out: Path, variant: Served, tasks: Sequence[Task]) -> None:
+    """Delete what is there of these tasks."""
+    for task in tasks:
+        for suffix in (".json", ".jsonl"):
+            results.path(out, variant.model, variant.variant, task.name, task.method, suffix).unlink(missing_ok=True)
+
+
+def whole(out: Path, variant: Served, task: Task, items: Items) -> JSON | None:
+    """The result of an earlier run of the same settings with nothing left to ask. None: the journal has to decide."""
+    path = results.path(out, variant.model, variant.variant, task.name, task.method, ".json")
+    try:
+        result = results.load(path) if path.exists() else None
+    except EvalError:
+        return None  # cut short or of another version; the journal beside it tells more
+    if result is None or result["settings"] != results.as_read(task.settings):
+        return None
+    if variant.bytes is not None and result["server"] != {"root": variant.root, "bytes": variant.bytes}:
+        return None
+    done = {row["id"] for row in result["rows"] if "error" not in row}
+    return result if done >= {key for key, _ in items} else None
 
 
 async def run_task(
@@ -139,16 +139,11 @@ async def run_task(
     url: str,
     variant: Served,
     task: Task,
-    items: Sequence[tuple[str, Any]],
+    items: Items,
     out: Path,
-    fresh: bool,
     progress: Progress,
 ) -> JSON:
     """One result, from its journal and what is still to ask. Raises EvalError where every item failed."""
-    stem = results.stem(out, variant.model, variant.variant, task.name, task.method)
-    path = stem.with_name(f"{stem.name}.jsonl")
-    if fresh:
-        path.unlink(missing_ok=True)
     heading = {
         "version": results.VERSION,
         "model": variant.model,
@@ -156,11 +151,12 @@ async def run_task(
         "task": task.name,
         "method": task.method,
         "settings": task.settings,
-        "server": {"root": variant.root, "own_bytes": variant.own_bytes, "shared_bytes": variant.shared_bytes},
+        "server": {"root": variant.root, "bytes": variant.bytes},
     }
+    path = results.path(out, variant.model, variant.variant, task.name, task.method, ".jsonl")
     with results.Journal(path, heading) as journal:
         left = [(key, item) for key, item in items if "error" in journal.rows.get(key, {"error": ""})]
-        progress.begin(f"{task.name}-{task.method}", variant.variant, len(items) - len(left))
+        progress.begin(title(task), variant.variant, len(items) - len(left))
         if left:
             ask = await task.asker(client, variant.id)
 
@@ -177,36 +173,19 @@ async def run_task(
         rows = [journal.rows[key] for key, _ in items]
     errors = [row["error"] for row in rows if "error" in row]
     if len(errors) == len(rows):
-        raise EvalError(f"{variant.id}: every {task.name}-{task.method} request failed, the first with: {errors[0]}")
+        raise EvalError(f"{variant.id}: every {title(task)} request failed, the first with: {errors[0]}")
     result = heading | {"url": url, "date": journal.date, "figures": task.figures(rows), "rows": rows}
-    results.dump(stem.with_name(f"{stem.name}.json"), result)
+    results.dump(path.with_suffix(".json"), result)
     return result
-
-
-def load_speeds(path: Path) -> dict[str, float]:
-    """tokens/s by model name from `octavo-load --json`, the largest of each. Raises EvalError."""
-    speeds: dict[str, float] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            run = json.loads(line)
-            if len(run["models"]) != 1:
-                raise EvalError(f"{path}: a run mixes {', '.join(run['models'])}: run octavo-load for one variant each")
-            name = str(run["models"][0])
-            speeds[name] = max(speeds.get(name, 0.0), float(run["output_tokens_per_second"]))
-    except OSError as e:
-        raise EvalError(f"cannot read {path}: {e.strerror or e}") from None
-    except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, EvalError):
-            raise
-        raise EvalError(f"{path} is not the output of octavo-load --json: {type(e).__name__}: {e}") from None
-    return speeds
 
 
 class Progress:
     """What is done and the time left: one line on a terminal's standard error, a line a task elsewhere."""
 
-    def __init__(self, tasks: Sequence[tuple[str, int]], num_variants: int) -> None:
-        self._left = {name: size * num_variants for name, size in tasks}
+    def __init__(self, sizes: Mapping[str, int], num_variants: int) -> None:
+        """sizes: a variant's items, by task."""
+        self._sizes = sizes
+        self._left = {name: size * num_variants for name, size in sizes.items()}
         self._seconds: dict[str, tuple[float, int]] = {}  # spent on a task, for so many items
         self._name = self._variant = ""
         self._began = 0.0
@@ -219,6 +198,11 @@ class Progress:
         if not self._shown:
             known = f", {num_known} in its journal" if num_known else ""
             print(f"{variant} {name}{known}", file=sys.stderr)
+
+    def skip(self) -> None:
+        """A variant cannot be had: nothing of it is to do."""
+        for name, size in self._sizes.items():
+            self._left[name] -= size
 
     def step(self) -> None:
         """One item is done."""

@@ -36,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rope_and_store",
     "silu_mul",
+    "survey",
     "w8a8_matmul",
     "weight_only_matmul",
 ]
@@ -98,12 +99,16 @@ class Quantised:
 
 
 def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.NDArray[np.int32]:
-    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, in order, past `num_decodes`."""
+    """[num_tiles, 2] int32 (sequence, first query offset): PREFILL_TILE queries each, of those past num_decodes.
+
+    Those furthest into their sequence come first: they see most and take longest, and the last to run leave no SM idle.
+    """
     counts = -(-query_lens_host[num_decodes:] // PREFILL_TILE)
     sequences = np.repeat(np.arange(num_decodes, len(query_lens_host)), counts)
     firsts = np.cumsum(counts) - counts
     offsets = (np.arange(len(sequences)) - np.repeat(firsts, counts)) * PREFILL_TILE
-    return np.stack([sequences, offsets], axis=1).astype(np.int32)
+    order = np.argsort(-offsets, kind="stable")
+    return np.stack([sequences[order], offsets[order]], axis=1).astype(np.int32)
 
 
 def decode_inputs(
@@ -231,6 +236,7 @@ def draw(
     logits: Tensor,
     temperature: Tensor,
     thresholds: Tensor | None,
+    top_p: Tensor | None,
     seed_low: Tensor,
     seed_high: Tensor,
     positions: Tensor,
@@ -239,23 +245,41 @@ def draw(
     """One id a row by Gumbel-max -> [B] int64: the arg max of logit / temperature + noise, of the logit alone at 0.
 
     logits: [B, V] in any floating dtype. temperature: [B] fp32. thresholds: [B] fp32, ids whose logit is below are not
-    drawn (temperature 0 ignores them). The noise is a hash of (seed [B] as two int32, position [B] int32, id). Ids from
-    num_ids on are never drawn.
+    drawn (temperature 0 ignores them). top_p: [B] fp32, an id is drawn only if the mass of the ids with larger logits,
+    at this temperature and whatever the thresholds, is below this part of all (Holtzman et al., 2020, arXiv:1904.09751;
+    ids that tie with the last one stay); 1 is off. The noise is a hash of (seed [B] as two int32, position [B] int32,
+    id). Ids from num_ids on are never drawn and have no mass.
     """
     if logits.is_cuda:
         from engine.kernels import sample
 
-        return sample.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
-    return reference.draw(logits, temperature, thresholds, seed_low, seed_high, positions, num_ids)
+        return sample.draw(logits, temperature, thresholds, top_p, seed_low, seed_high, positions, num_ids)
+    return reference.draw(logits, temperature, thresholds, top_p, seed_low, seed_high, positions, num_ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours."""
+def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits[B, V] -> log of the sum of exp over V [B], the k largest values among the first num_ids ids, falling
+    [B, k], both fp32, and their ids [B, k] int64. Ties fall in any order.
+    """
+    if logits.is_cuda:
+        from engine.kernels import ranking
+
+        if k <= ranking.LARGEST_K:
+            return ranking.survey(logits, k, num_ids)
+    return reference.survey(logits, k, num_ids)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours.
+
+    out: [M, N], contiguous; where it is given, the result is written there.
+    """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.linear(x, weight, bias)
-    return reference.linear(x, weight, bias)
+        return matmul.linear(x, weight, bias, out)
+    product = reference.linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
 
 
 def weight_only_matmul(

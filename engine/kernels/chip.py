@@ -1,16 +1,49 @@
-"""What the kernels ask about the GPU they run on."""
+"""What the kernels ask about the GPU they run on.
+
+Their choices can be made as on another chip: `choose_as`, or the variable OCTAVO_KERNELS_FOR before the first question.
+So the path of a GPU that nobody has at hand runs, and is tested, on a newer one.
+"""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
+
+from engine.config import ModelError
+
+VARIABLE = "OCTAVO_KERNELS_FOR"
+CHIPS = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0)}
 
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """(8, 9) for sm_89; (0, 0) without a GPU, under the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if device.type != "cuda":
+        return 0, 0
+    return chosen(os.environ.get(VARIABLE, ""), torch.cuda.get_device_capability(device))
+
+
+def chosen(name: str, present: tuple[int, int]) -> tuple[int, int]:
+    """The capability to choose for: of the chip called `name`, or the present one where that is empty.
+
+    Raises ModelError for a chip that is unknown, or that can do what the present one cannot.
+    """
+    if not name:
+        return present
+    if name not in CHIPS:
+        raise ModelError(f"kernels_for: unknown chip {name!r}; known: {', '.join(CHIPS)}")
+    if CHIPS[name] > present:
+        here = f"sm_{present[0]}{present[1]}"
+        raise ModelError(f"kernels_for: this GPU is {here} and cannot run kernels for {name}; name an older chip")
+    return CHIPS[name]
+
+
+def choose_as(name: str) -> None:
+    """From now on, in this process, choose as on the chip called `name`."""
+    os.environ[VARIABLE] = name
+    capability.cache_clear()
 
 
 @cache

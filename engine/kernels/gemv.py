@@ -21,18 +21,52 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels import chip
 from engine.kernels.convert import codes, widen
 
-# On an H200, for each matrix of Qwen3-1.7B, the best or within 3 % of it, in 8 and 16 bits.
-TILE = 4096  # weights of a program's tile; half of what the row takes in registers at 8,192 inputs
-PROGRAMS = 6  # of one multiprocessor
+# Weights of a program's tile, warps and, where it walks several tiles, programs of one multiprocessor (0: one tile
+# a program), by bytes of a weight. On an H200 the best or within 3 % of it for each matrix of Qwen3-1.7B.
+TILES = {2: (4096, 4, 6), 4: (4096, 4, 6), 1: (8192, 8, 0)}
 
 
 @triton.jit
-def _load(w, row, k, exists, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights [BLOCK_N, PARTS, SPAN] of these rows; zeros past K, or where the tile does not exist."""
-    place = w + row.to(tl.int64)[:, None, None] * K + k[None, :, :]
+def _load(w_tile, k, exists, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Weights [BLOCK_N, PARTS, SPAN]; zeros past K, or where the tile does not exist."""
     if K != BLOCK_K:
         exists = (k < K)[None, :, :] & exists
-    return tl.load(place, mask=exists, other=0.0, eviction_policy="evict_first")
+    return tl.load(w_tile, mask=exists, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _finish(
+    stored,  # [BLOCK_N, PARTS, SPAN]
+    value,  # [PARTS, SPAN]
+    row,  # [BLOCK_N] of the weight
+    tile,
+    w_scale,
+    bias,
+    out,
+    N,
+    num_groups,
+    SCALED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    sums = tl.sum(widen(stored, tl.float32) * value[None, :, :], axis=2)  # [BLOCK_N, PARTS]
+    if GROUP != 0:
+        part = tl.arange(0, sums.shape[1])
+        scales = w_scale + row.to(tl.int64)[:, None] * num_groups + part[None, :]
+        sums *= tl.load(scales, mask=part[None, :] < num_groups, other=0.0)
+    total = tl.sum(sums, axis=1)
+    if SCALED and GROUP == 0:
+        total *= tl.load(w_scale + row)
+    if BIAS:
+        total += tl.load(bias + row).to(tl.float32)
+    total = total.to(out.dtype.element_ty)
+    n = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    if GATED:
+        gate, up = tl.split(tl.trans(tl.reshape(total.to(tl.float32), (2, OUTPUTS))))
+        total = ((gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32) * up).to(total.dtype)
+    tl.store(out + n, total, mask=n < N)
 
 
 @triton.jit
@@ -49,6 +83,7 @@ def gemv_kernel(
     GROUP: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    WALK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPAN: tl.constexpr,
@@ -58,37 +93,33 @@ def gemv_kernel(
         gdc_launch_dependents()
     PARTS: tl.constexpr = BLOCK_K // SPAN
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    part = tl.arange(0, PARTS)
-    k = part[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
     r = tl.arange(0, BLOCK_N)
-    inside, half = r % OUTPUTS, r // OUTPUTS
-    tile, step, num_tiles = tl.program_id(0), tl.num_programs(0), tl.cdiv(N, OUTPUTS)
-    # Past the end of N the last row is read again, and not stored.
-    ahead = tl.minimum(tile * OUTPUTS + inside, N - 1) + half * N
-    following = _load(w, ahead, k, True, K, BLOCK_K)
+    first = r % OUTPUTS + r // OUTPUTS * N  # rows of tile 0
+    tile = tl.program_id(0)
+    row = first + tile * OUTPUTS
+    if not WALK:  # past the end of N the last row is read again, and not stored
+        row = tl.minimum(tile * OUTPUTS + r % OUTPUTS, N - 1) + r // OUTPUTS * N
+    w_tile = w + row.to(tl.int64)[:, None, None] * K + k[None, :, :]
+    following = _load(w_tile, k, True, K, BLOCK_K)
     if PDL:
         gdc_wait()
     value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    while tile < num_tiles:
-        row, stored = ahead, following
-        ahead = tl.minimum((tile + step) * OUTPUTS + inside, N - 1) + half * N
-        following = _load(w, ahead, k, tile + step < num_tiles, K, BLOCK_K)
-        sums = tl.sum(widen(stored, tl.float32) * value[None, :, :], axis=2)  # [BLOCK_N, PARTS]
-        if GROUP != 0:
-            scales = w_scale + row.to(tl.int64)[:, None] * num_groups + part[None, :]
-            sums *= tl.load(scales, mask=part[None, :] < num_groups, other=0.0)
-        total = tl.sum(sums, axis=1)
-        if SCALED and GROUP == 0:
-            total *= tl.load(w_scale + row)
-        if BIAS:
-            total += tl.load(bias + row).to(tl.float32)
-        total = total.to(out.dtype.element_ty)
-        n = tile * OUTPUTS + tl.arange(0, OUTPUTS)
-        if GATED:
-            gate, up = tl.split(tl.trans(tl.reshape(total.to(tl.float32), (2, OUTPUTS))))
-            total = ((gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32) * up).to(total.dtype)
-        tl.store(out + n, total, mask=n < N)
-        tile += step
+    if WALK:
+        step, num_tiles = tl.num_programs(0), N // OUTPUTS
+        while tile < num_tiles:
+            stored = following
+            w_tile += step.to(tl.int64) * (OUTPUTS * K)
+            following = _load(w_tile, k, tile + step < num_tiles, K, BLOCK_K)
+            row = first + tile * OUTPUTS
+            _finish(
+                stored, value, row, tile, w_scale, bias, out, N, num_groups, SCALED, GROUP, BIAS, GATED, OUTPUTS,
+            )  # fmt: skip
+            tile += step
+    else:
+        _finish(
+            following, value, row, tile, w_scale, bias, out, N, num_groups, SCALED, GROUP, BIAS, GATED, OUTPUTS,
+        )  # fmt: skip
 
 
 def gemv(
@@ -99,20 +130,24 @@ def gemv(
     group_size: int = 0,
     *,
     gated: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x[1, K] @ w[N, K].T -> [1, N]: `linear` where scale is None, else `weight_only_matmul`; gated: `silu_mul` of it,
     [1, N / 2].
     """
     width, depth = w.shape
     assert x.shape == (1, depth) and x.is_contiguous() and w.is_contiguous()
+    size, num_warps, programs = TILES[w.itemsize]
     block_k = triton.next_power_of_2(depth)
-    block_n = max(TILE // block_k, 1)
+    outputs = max(size // block_k, 1)
     if gated:
         assert width % 2 == 0
-        width, block_n = width // 2, 2 * block_n
-    out = x.new_empty(1, width)
-    tiles = triton.cdiv(width, block_n // 2 if gated else block_n)
-    gemv_kernel[(min(tiles, PROGRAMS * chip.num_sms(x.device)),)](
+        width //= 2
+    if out is None:
+        out = x.new_empty(1, width)
+    tiles, most = triton.cdiv(width, outputs), programs * chip.num_sms(x.device)
+    walk = width % outputs == 0 and 0 < most < tiles
+    gemv_kernel[(most if walk else tiles,)](
         x,
         codes(w),
         x if scale is None else scale,
@@ -125,10 +160,11 @@ def gemv(
         GROUP=group_size,
         BIAS=bias is not None,
         GATED=gated,
-        BLOCK_N=block_n,
+        WALK=walk,
+        BLOCK_N=2 * outputs if gated else outputs,
         BLOCK_K=block_k,
         SPAN=min(group_size or 16 // w.itemsize, block_k),
-        num_warps=max(4, block_k // 2048),
+        num_warps=max(num_warps, block_k // 2048),
         **chip.dependent_launch(x.device),
     )
     return out

@@ -164,12 +164,15 @@ def choose_splits(num_tiles: int, steps: int, num_sms: int) -> int:
     return max(1, min(2 * num_sms // num_tiles, steps // _MIN_STEPS, _MAX_SPLITS))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    assert out is None or out.is_contiguous()
     if x.shape[0] == 1 and x.is_contiguous():
-        return gemv(x, weight, None, bias)
+        return gemv(x, weight, None, bias, out=out)
     if 1 < x.shape[0] <= PLAIN_ROWS and x.is_contiguous() and x.itemsize == 2:
-        return multiply(x, None, weight, None, bias, x.dtype, 0)
-    return F.linear(x, weight, bias)
+        return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def weight_only_matmul(
@@ -226,10 +229,12 @@ def multiply(
     group_size: int,
     tile: Tile | None = None,
     num_splits: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Any of the products through `matmul_kernel`. tile, num_splits: the tests' and measurements' choice of them."""
     (rows, depth), width = x.shape, w.shape[0]
-    out = x.new_empty(rows, width, dtype=dtype)
+    if out is None:
+        out = x.new_empty(rows, width, dtype=dtype)
     if rows == 0:
         return out
     tile = tile or choose_tile(rows, x.dtype, w.dtype)

@@ -183,10 +183,21 @@ def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, num_ids
     return -torch.log(-torch.log(uniform))
 
 
+def nucleus_thresholds(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
+    """[B] fp32, the smallest logit of each row's nucleus. logits[B, V] fp32; temperature, top_p [B]; 1 is off: -inf."""
+    falling = logits.sort(dim=-1, descending=True).values
+    probabilities = (falling / temperature.clamp(min=1e-5)[:, None]).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    num_kept = (before < top_p[:, None]).sum(-1).clamp(min=1)
+    last = falling.gather(1, (num_kept - 1)[:, None])[:, 0]
+    return torch.where(top_p < 1, last, float("-inf"))
+
+
 def draw(
     logits: Tensor,
     temperature: Tensor,
     thresholds: Tensor | None,
+    top_p: Tensor | None,
     seed_low: Tensor,
     seed_high: Tensor,
     positions: Tensor,
@@ -196,11 +207,19 @@ def draw(
     drawn = temperature > 0
     if not bool(drawn.any()):
         return logits.argmax(-1)
+    if top_p is not None:
+        nucleus = nucleus_thresholds(logits, temperature, top_p)
+        thresholds = nucleus if thresholds is None else torch.maximum(nucleus, thresholds)
     scaled = logits / temperature.clamp(min=1e-5)[:, None]
     if thresholds is not None:
         scaled = scaled.masked_fill(logits < thresholds[:, None], float("-inf"))
     noise = gumbel_noise(seed_low, seed_high, positions, num_ids)
     return torch.where(drawn[:, None], scaled + noise, logits).argmax(-1)
+
+
+def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
+    values, ids = logits[:, :num_ids].float().topk(k, dim=-1)
+    return logits.float().logsumexp(-1), values, ids
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels import KVCache
+from engine.kernels import KVCache, chip
 from engine.kernels.fused import check_rows
 from engine.kernels.kv_codes import check_cache, encode
 from engine.kernels.reference import SMALLEST_KV
@@ -44,6 +45,7 @@ def rope_and_store_kernel(
     KIND: tl.constexpr,
     SMALLEST: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     dtype = q.dtype.element_ty
@@ -53,6 +55,14 @@ def rope_and_store_kernel(
     exists = head < HQ + 2 * HKV
     is_q = head < HQ
     is_v = head >= HQ + HKV
+    if NORM:  # weights, which no kernel writes
+        gain_1 = tl.where(is_q, tl.load(q_norm + d), tl.load(k_norm + d)).to(tl.float32)
+        gain_2 = tl.where(is_q, tl.load(q_norm + HALF + d), tl.load(k_norm + HALF + d)).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    position = tl.load(positions + token).to(tl.int64)
+    slot = tl.load(slots + token)
     source = qkv + token * ((HQ + 2 * HKV) * D) + head * D + d
     first = tl.load(source, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_H, D/2]
     second = tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
@@ -60,11 +70,8 @@ def rope_and_store_kernel(
     if NORM:
         square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
         scale = tl.rsqrt(square / D + eps)[:, None]
-        gain_1 = tl.where(is_q, tl.load(q_norm + d), tl.load(k_norm + d)).to(tl.float32)
-        gain_2 = tl.where(is_q, tl.load(q_norm + HALF + d), tl.load(k_norm + HALF + d)).to(tl.float32)
         first = (gain_1 * (first * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
         second = (gain_2 * (second * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(cos_sin + position * D + d)
     sin = tl.load(cos_sin + position * D + HALF + d)
     rotated_1 = tl.where(is_v, first_v, first * cos - second * sin).to(dtype)
@@ -72,7 +79,6 @@ def rope_and_store_kernel(
     q_out = q + token * (HQ * D) + head * D + d
     tl.store(q_out, rotated_1, mask=is_q)
     tl.store(q_out + HALF, rotated_2, mask=is_q)
-    slot = tl.load(slots + token)
     block, offset = (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
     is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
     is_v = is_v & exists & (slot >= 0)
@@ -143,5 +149,6 @@ def rope_and_store(
             SMALLEST=SMALLEST_KV,
             BLOCK_H=_HEADS,
             num_warps=1,
+            **chip.dependent_launch(qkv.device),
         )
     return q

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine import kernels
 from engine.config import ModelConfig
 from engine.kernels import AttentionPlan, KVCache, Quantised
-from engine.quant.linear import Linear
+from engine.quant.linear import Linear, PlainLinear
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Qwen:
         assert down is not None
         return kernels.add_rms_norm(down, residual, self.norm, c.rms_norm_eps)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> [N, V] in the computing dtype."""
-        return self.head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [N, H] -> [N, V] in the computing dtype, written to `out` where it is given."""
+        if out is None:
+            return self.head(hidden)
+        return self.head(hidden, out) if isinstance(self.head, PlainLinear) else out.copy_(self.head(hidden))

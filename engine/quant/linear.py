@@ -24,10 +24,10 @@ class PlainLinear:
     def takes(self) -> None:
         """Activations in the compute dtype."""
 
-    def __call__(self, x: Tensor | Quantised) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype."""
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
         assert isinstance(x, Tensor)
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias, out)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""

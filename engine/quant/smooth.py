@@ -57,10 +57,10 @@ class _Observed(PlainLinear):
 
     observer: Any = None
 
-    def __call__(self, x: Tensor | Quantised) -> Tensor:
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
         assert isinstance(x, Tensor)
         self.observer(x.float())
-        return super().__call__(x)
+        return super().__call__(x, out)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         return kernels.silu_mul(self(x), codes)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, ModelError
+from engine.kernels import chip
 from engine.models.layers import rotary_table
 from engine.models.qwen import Layer, Qwen
 from engine.quant.formats import FORMATS, HEAD, Format, Stored
@@ -129,7 +130,7 @@ def check_device(formats: list[Format], device: torch.device) -> None:
     """Raise ModelError, naming the nearest choices, if `device` cannot multiply in a format's types."""
     if device.type != "cuda":
         return
-    capability = torch.cuda.get_device_capability(device)
+    capability = chip.capability(device)
     for f in formats:
         if f.activation == "float8_e4m3fn" and capability < (8, 9):
             raise ModelError(
@@ -301,6 +302,7 @@ def _load_parts(
     in_8_bits = [_checked(name, b.to(device)) for name, b in blocks.items() if b is not None]
     if in_8_bits and len(in_8_bits) < len(rows):
         lacking = next(name for name, b in blocks.items() if b is None)
+        checkpoint.load(lacking, (rows[lacking], inputs))  # refuses 8 bits without their scales
         raise ModelError(f"{lacking} of the checkpoint is not in 8 bits, but another part of the same product is")
     return in_8_bits or [_checked(name, checkpoint.load(name, (num, inputs)).to(device)) for name, num in rows.items()]
 

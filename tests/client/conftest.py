@@ -80,7 +80,7 @@ def stub() -> Iterator[Stub]:
                 self.wfile.flush()
             self.close_connection = reply.parts is not None or reply.missing > 0
 
-        do_GET = do_POST = handle_any
+        do_GET = do_POST = do_DELETE = handle_any
 
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: the test's output is its own."""

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from engine import LLM, ParameterError, SamplingParams
-from engine.kernels.reference import gumbel_noise
+from engine.kernels.reference import gumbel_noise, nucleus_thresholds
 from engine.sampling import filter_thresholds, penalise
 from engine.sequence import check_params
 
@@ -31,10 +31,16 @@ def generate(llm: LLM, params: SamplingParams | list[SamplingParams], prompts: l
 def kept(
     logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, temperature: float = 1.0
 ) -> set[int]:
-    """Ids at or above the threshold, which must be the same whether all are sorted or only the best are looked at."""
+    """Ids at or above the thresholds, which must be the same whether all or only the best are looked at."""
     floats = torch.tensor([[temperature, top_p, min_p, 0, 0, 1]])
-    widths = {len(logits), top_k if top_k else 1 if top_p == 1 else len(logits)}
-    (threshold,) = {filter_thresholds(logits[None], floats, torch.tensor([top_k]), w).item() for w in widths}
+    found = set()
+    for width in (len(logits), max(top_k, 1)):
+        ordered = logits[None].sort(descending=True).values[:, :width]
+        found.add(filter_thresholds(ordered, floats, torch.tensor([top_k])).item())
+    (threshold,) = found
+    if top_k == 0:
+        nucleus = nucleus_thresholds(logits[None], torch.tensor([temperature]), torch.tensor([top_p]))
+        threshold = max(threshold, nucleus.item())
     return set((logits >= threshold).nonzero()[:, 0].tolist())
 
 

@@ -137,6 +137,21 @@ def test_a_sequence_is_admitted_only_with_room_for_all_it_knows() -> None:
     assert scheduler.blocks.num_free == 2
 
 
+def test_it_tells_what_waiting_sequences_wait_for() -> None:
+    def waits(prompts: list[list[int]], **settings: int) -> dict[str, int]:
+        scheduler = make_scheduler(**settings)
+        for i, prompt in enumerate(prompts):
+            scheduler.add(make(i, prompt))
+        scheduler.schedule()
+        return {reason: count for reason, count in scheduler.waits("x").items() if count}
+
+    different = [[i] * 12 for i in range(3)]
+    assert waits(different, budget=24) == {"budget": 1}
+    assert waits(different, num_blocks=5, budget=99) == {"blocks": 2}
+    assert waits(different, seqs=2, budget=99) == {"rows": 1}
+    assert waits([list(range(18))] * 3, budget=8) == {"budget": 2}
+
+
 def test_sampling_stops_at_max_tokens_without_a_wasted_step() -> None:
     scheduler = make_scheduler()
     q = make(0, [1, 2], max_tokens=1)

@@ -19,7 +19,7 @@ import pytest
 from loadtest.compare import compare_files, quantile
 from loadtest.drive import Tally
 from loadtest.measure import main
-from loadtest.plot import Line, plot
+from loadtest.plot import Line, Plot, svg
 from loadtest.settings import Settings, parse_slo
 from loadtest.stream import Reading, Record, StreamError
 from loadtest.summary import histogram, stats, summarize, timeline
@@ -165,9 +165,9 @@ def test_files_and_comparison(saved: Path, capsys):
 
 
 def test_plots_of_nothing_and_of_one_point():
-    assert "nothing was measured" in plot("t", "x", "y", [Line("a", [])])
-    assert "<path" in plot("t", "x", "y", [Line("a", [(1.0, 0.0)])], log_x=True)
-    assert "t &lt;&amp;&gt;" in plot("t <&>", "x", "y", [Line("a", [(1.0, 5.0)])])
+    assert "nothing was measured" in svg(Plot("t", "x", "y", [Line("a", [])]))
+    assert "<path" in svg(Plot("t", "x", "y", [Line("a", [(1.0, 0.0)])], log_x=True))
+    assert "t &lt;&amp;&gt;" in svg(Plot("t <&>", "x", "y", [Line("a", [(1.0, 5.0)])]))
 
 
 # figures

@@ -21,6 +21,19 @@ VARIANTS = ("bf16", "int8-row", "fp8-row")
 START_SECONDS = 90
 
 
+# Runs in the engine process alone: once the engine is built, the scales of one variant's middle down_proj are doubled.
+FAULT = """
+import sys
+if "engine.process" in sys.orig_argv:
+    from engine.core import Engine
+    built = Engine.__init__
+    def init(self, *args, **kwargs):
+        built(self, *args, **kwargs)
+        self.runner.variants["fp8-row"].model.layers[1].down.scale.mul_(2)
+    Engine.__init__ = init
+"""
+
+
 @dataclass(frozen=True)
 class Served:
     """A running octavo-serve. `name` is the bare model name."""
@@ -67,6 +80,14 @@ def start(*options: str, api_processes: int = 1, variants: str = "bf16", model: 
             assert time.monotonic() < end, "not ready in time"
             time.sleep(0.05)
     return served
+
+
+def start_faulty(folder: Path, *options: str) -> Served:
+    """A server of VARIANTS with FAULT in fp8-row. `folder` is for the file that plants it."""
+    (folder / "sitecustomize.py").write_text(FAULT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        return start(*options, variants=",".join(VARIANTS))
 
 
 def stop(served: Served) -> int:

@@ -64,7 +64,7 @@ class Peer:
 
     async def tell(self, client: EngineClient, state: str = "ready", epoch: int = 1, busy: float = 0.0) -> None:
         """Publish a status until it has arrived (a subscription takes a moment to be known)."""
-        status = Status(epoch, state, INFO, EngineStats(1, busy, 64, 0, 0, {}), {})
+        status = Status(epoch, state, INFO, EngineStats(busy, 64, 0, 0, {}, []), {})
         while client.status != status:
             self.pub.send(msgspec.msgpack.encode(status))
             await asyncio.sleep(0.01)

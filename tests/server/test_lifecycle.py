@@ -80,6 +80,18 @@ def test_allowed_hosts(http):
         assert http.get("/v1/models", headers=KEYED | {"host": host}).status_code == 200
 
 
+def test_refused_callers_are_counted(guarded, http):
+    def refused(reason: str) -> float:
+        page = http.get("/metrics", headers=KEYED).text
+        return float(page.partition(f'octavo_rejected_total{{reason="{reason}"}} ')[2].split()[0])
+
+    wanted = {"invalid_api_key": len(PATHS) + 6, "invalid_host": 4}  # by the tests above
+    end = time.monotonic() + 10
+    while {reason: refused(reason) for reason in wanted} != wanted:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_no_other_port_listens(guarded):
     """The processes talk over ipc://, in a folder that is only ours."""
     tree = [guarded.process.pid, *children(guarded.process.pid)]

@@ -12,17 +12,28 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import EngineInfo, EngineStats, Started, Status, VariantInfo, VariantStats
-from server.errors import REJECT_REASONS
+from engine.messages import (
+    STEP_BOUNDS,
+    WAIT_REASONS,
+    EngineInfo,
+    EngineStats,
+    Started,
+    Status,
+    VariantInfo,
+    VariantStats,
+)
+from server.envelope import ENDPOINTS
+from server.errors import REJECT_REASONS, TABLE
 from server.meter import SequenceMeter
-from server.metrics import HISTOGRAMS, REQUESTS, Counters, Page
+from server.metrics import FINISH_REASONS, HISTOGRAMS, REQUESTS, Counters, Page
 
 INFO = EngineInfo(
     2048, 100, [0], "bf16", [VariantInfo("bf16", b"p", 16, 70, 0), VariantInfo("int8-row", b"q", 16, 40, 30)],
     64, 8, True, "cpu", "float32",
 )  # fmt: skip
-EACH = VariantStats(100, 2.0, 50, 4.0, 1, 90, 30, 2, 3)
-STATS = EngineStats(7, 0.0, 64, 16, 8, {"bf16": EACH, "int8-row": EACH}, step_seconds=9.5, graph_replays=4)
+EACH = VariantStats(100, 2.0, 50, 4.0, 1, 90, 30, 2, {"blocks": 3, "rows": 1})
+STEPS = [0, 5, *[0] * (len(STEP_BOUNDS) - 2), 2]  # five of up to 1 ms, two of more than 30 s
+STATS = EngineStats(0.0, 64, 16, 8, {"bf16": EACH, "int8-row": EACH}, STEPS, 9.5, 1.5, 4, 30)
 PEERS_NAMES = {
     "gauge": ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"),
     "counter": ("prompt_tokens", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries",
@@ -31,6 +42,19 @@ PEERS_NAMES = {
                   "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
                   "request_prompt_tokens", "request_generation_tokens"),
 }  # fmt: skip
+
+FREE = ("version", "device", "dtype", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching")
+ALLOWED = {
+    "when": {"before_ready", "after_ready"},
+    "endpoint": {*ENDPOINTS.values(), "other"},
+    "variant": {"", "bf16", "int8-row"},
+    "model_name": {"pocket:bf16", "pocket:int8-row"},
+    "status": {"200", "499", *(str(rule.status) for rule in TABLE.values())},
+    "reason": {*REJECT_REASONS, *WAIT_REASONS},
+    "finished_reason": {*FINISH_REASONS},
+    "state": {"used", "cached", "free"},
+    "kind": {"own", "shared"},
+}
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -128,9 +152,17 @@ def test_every_name_that_boards_for_vllm_ask_for_is_there_from_the_start():
     assert value(samples, "vllm:num_preemptions_total", model_name="m:bf16") == 1
     assert value(samples, "octavo_weights_bytes", variant="int8-row", kind="shared") == 30
     assert value(samples, "octavo_rejected_total", reason="queue_full") == 0
-    assert value(samples, "octavo_steps_total") == 7
-    assert value(samples, "octavo_step_seconds_total") == 9.5
+    assert value(samples, "octavo_step_seconds_bucket", le="0.001") == 5
+    assert value(samples, "octavo_step_seconds_bucket", le="30.0") == 5
+    assert value(samples, "octavo_step_seconds_count") == 7
+    assert value(samples, "octavo_step_seconds_sum") == 9.5
+    assert value(samples, "octavo_device_wait_seconds_total") == 1.5
+    assert value(samples, "vllm:num_requests_waiting", model_name="m:bf16") == 4
+    waiting = {r: value(samples, "octavo_requests_waiting", variant="bf16", reason=r) for r in WAIT_REASONS}
+    assert waiting == {"blocks": 3, "budget": 0, "rows": 1}
     assert value(samples, "octavo_graph_replays_total") == 4
+    compiles = [value(samples, "octavo_kernel_compiles_total", when=w) for w in ("before_ready", "after_ready")]
+    assert compiles == [30, 0]
     assert value(samples, "octavo_kv_blocks", state="free") == 40
     assert [f.name for f in text_string_to_metric_families(Page("1", "m", ()).render(None).decode())] == [
         "octavo_build_info",
@@ -197,8 +229,48 @@ def test_values_after_a_known_load(live):
     labels = {"endpoint": "completions", "variant": "int8-row"}
     assert grown("octavo_requests_total", status="200", **labels) == 4
     assert grown("octavo_requests_total", status="499", **labels) == 1  # the one whose client left
-    assert 0 < grown("octavo_step_seconds_total") < 60 * grown("octavo_steps_total")
+    assert 0 < grown("octavo_device_wait_seconds_total") < grown("octavo_step_seconds_sum") < 60
+    assert grown("octavo_step_seconds_count") >= 3 * 6 + 2
     assert value(after, "vllm:generation_tokens_total", model_name="pocket:bf16") == 0
+
+
+REFUSALS = {
+    "invalid_http": [b"NOT HTTP\r\n\r\n", b"FROB / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nno colon\r\n\r\n"],
+    "headers_too_large": [b"GET / HTTP/1.1\r\nx: " + b"a" * 70_000 + b"\r\n\r\n"],
+    "not_found": [b"GET /no-%d HTTP/1.1\r\nconnection: close\r\n\r\n" % i for i in range(2)],
+    "method_not_allowed": [b"DELETE /v1/models HTTP/1.1\r\nconnection: close\r\n\r\n"],
+    "unsupported_media_type": [b"POST /tokenize HTTP/1.1\r\nconnection: close\r\n\r\n"],
+    "request_too_large": [
+        b"POST /tokenize HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 99999999\r\n\r\n"
+    ],
+    "invalid_json": [
+        b"POST /tokenize HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 1\r\nconnection: close\r\n\r\n{"
+    ],
+}
+
+
+def test_every_refusal_is_counted_by_its_reason(live):
+    """Of the protocol, before the application sees a request, as of the routes."""
+    before = settled(live)
+    host, port = live.url.removeprefix("http://").split(":")
+    for request in (r for some in REFUSALS.values() for r in some):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(request)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 4")
+    after = settled(live)
+
+    def grown(name: str, label: str) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for key in after:
+            if key[0] == name and after[key] > before.get(key, 0):
+                of = dict(key[1])[label]
+                sums[of] = sums.get(of, 0) + after[key] - before.get(key, 0)
+        return sums
+
+    assert grown("octavo_rejected_total", "reason") == {reason: len(some) for reason, some in REFUSALS.items()}
+    statuses = grown("octavo_requests_total", "status")
+    assert statuses.pop("200") >= 1  # the page itself
+    assert statuses == {"400": 4, "404": 2, "405": 1, "413": 1, "415": 1, "431": 1}
 
 
 def test_ten_thousand_odd_requests_do_not_grow_the_page(live):
@@ -242,6 +314,13 @@ def test_ten_thousand_odd_requests_do_not_grow_the_page(live):
     assert after.keys() == before.keys()
     answered = [sum(v for (name, _), v in page.items() if name == "octavo_requests_total") for page in (before, after)]
     assert answered[1] - answered[0] >= 10_000
+    values: dict[str, set[str]] = {}
+    for _, labels in after:
+        for name, label in labels:
+            values.setdefault(name, set()).add(label)
+    assert values.keys() <= ALLOWED.keys() | {"le", *FREE}
+    odd = {name: found - ALLOWED[name] for name, found in values.items() if name in ALLOWED}
+    assert not any(odd.values()), odd
 
 
 def api_pids(live) -> list[int]:

@@ -10,6 +10,8 @@ from server.settings import ServerSettings, load_settings
 
 # A new option is added here on purpose or not at all.
 FLAGS = {
+    "--canary",
+    "--canary-interval",
     "--variants",
     "--keep-bf16",
     "--quantize-lm-head",
@@ -20,6 +22,7 @@ FLAGS = {
     "--dtype",
     "--device",
     "--load-format",
+    "--kernels-for",
     "--max-model-len",
     "--max-num-seqs",
     "--max-num-batched-tokens",

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from client.eval.data import EvalError
-from client.eval.results import VERSION, Journal, dump, load, stem, write
+from client.eval.results import VERSION, Journal, dump, load, path, write
 
 HEADING = {"version": VERSION, "settings": {"limit": None, "letters": ("a",)}}
 
 
 def test_names_are_safe() -> None:
     out = Path("out")
-    assert stem(out, "Qwen/Qwen3-1.7B", "int8-g128+kv8", "mmlu", "direct") == Path(
-        "out/Qwen--Qwen3-1.7B/int8-g128+kv8/mmlu-direct"
+    assert path(out, "Qwen/Qwen3-1.7B", "int8-g128+kv8", "mmlu", "direct", ".json") == Path(
+        "out/Qwen--Qwen3-1.7B/int8-g128+kv8/mmlu-direct.json"
     )
-    assert stem(out, "../..", "a b", "mmlu", "direct") == Path("out/unnamed/a--b/mmlu-direct")
+    assert path(out, "../..", "a b", "mmlu", "direct", ".jsonl") == Path("out/unnamed/a--b/mmlu-direct.jsonl")
 
 
 def test_a_journal_goes_on(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_results(tmp_path: Path) -> None:
         (whole[: len(whole) // 2], "is not whole"),
         (b"[1]", "is not a result"),
         (b'{"model": "m"}', "is not a result"),
-        (whole.replace(b'"version": 1', b'"version": 2'), "is of version 2, not 1"),
+        (whole.replace(b'"version": 2', b'"version": 1'), "is of version 1, not 2"),
     ):
         path.write_bytes(content)
         with pytest.raises(EvalError, match=message):

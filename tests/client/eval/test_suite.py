@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +17,12 @@ from client import api
 from client.eval import results
 from client.eval.compare import compare
 from client.eval.run import main
-from client.eval.suite import STUDY, Progress, load_speeds
+from client.eval.study import STUDY
+from client.eval.suite import Progress
 from tests.client.conftest import Reply, Stub
 from tests.client.eval.test_data import write_jsonl
 from tests.client.eval.test_mmlu import EXAM
-from tests.server.conftest import MODEL, Served, start, stop
+from tests.server.conftest import VARIANTS, Served, start_faulty, stop
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
@@ -42,24 +42,28 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_suite(pocket: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
-    speeds = tmp_path / "load.jsonl"
-    runs = [{"models": [f"pocket:{v}"], "output_tokens_per_second": s} for v, s in (("bf16", 90.0), ("int8-row", 99.5))]
-    speeds.write_text("\n".join(map(json.dumps, runs)), encoding="utf-8")
+    bench = tmp_path / "matmul.json"
+    line = {"shape": [16, 512], "error": "element", "granularity": "block", "int8": None, "fp8": [0.0225, 0.0001]}
+    bench.write_text(json.dumps({"seeds": 3, "rows": [line]}), encoding="utf-8")
     words = ["suite", "--preset", "study", "--url", pocket.url, "--out", str(out), "--variants", "bf16,int8-row"]
-    words += ["--limit", "18", "--text-limit", "4", "--window", "512", "--throughput", str(speeds)]
+    words += ["--limit", "18", "--text-limit", "4", "--window", "512", "--load", "2x8x4", "--bench", str(bench)]
     assert main([*words, "--fail-if", "mmlu<bf16-30"]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("int8-row against bf16") == 4 and "bf16 mmlu-direct" in printed.err
     names = sorted(str(p.relative_to(out)) for p in out.rglob("*.json"))
-    kinds = ("mmlu-direct", "mmlu-generate", "wikitext-documents", "wikitext-windows")
+    kinds = ("mmlu-direct", "mmlu-generate", "throughput-phases", "wikitext-documents", "wikitext-windows")
     assert names == [f"pocket/{v}/{kind}.json" for v in ("bf16", "int8-row") for kind in kinds]
     loaded = results.load(out / "pocket" / "int8-row" / "mmlu-direct.json")
     assert loaded["figures"]["n"] == 18 == len(loaded["rows"]) and loaded["figures"]["failed"] == 0
-    assert len(loaded["settings"]["data"]["sha256"]) == 64 and loaded["server"]["own_bytes"] > 1e6
+    assert len(loaded["settings"]["data"]["sha256"]) == 64 and loaded["server"]["bytes"] > 1e6
     text = (out / "report.md").read_text(encoding="utf-8")
-    missing = text.partition("## Not loaded")[2].partition("##")[0]
-    assert "fp8-g128-fake" in missing and "w8a8-int8-row-smooth" in missing and "bf16" not in missing
-    assert "| int8-row | 15.5 MB | 42 | 100 |" in text  # 99.5 tokens/s
+    missing = text.partition("## Not measured")[2].partition("##")[0]
+    assert "fp8-g128-fake" in missing and "w8a8-fp8-row-smooth: not among --variants" in missing
+    assert missing.count(",") == 26 and "bf16" not in missing
+    assert "| int8-row | 15.5 MB | 42 | " in text and "| 16x512, element | block |  | 0.022500 ± 0.000100 |  |" in text
+    speeds = results.load(out / "pocket" / "int8-row" / "throughput-phases.json")
+    assert [round(r[0]) for r in speeds["rows"][0]["rounds"]] == [16, 16]  # no prompt was found in the cache
+    assert speeds["figures"]["decode_tok_s"] > 0 and speeds["settings"]["sequences"] == 2
     assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 2
 
     before = {p: p.read_bytes() for p in out.rglob("*.json*")}
@@ -72,7 +76,12 @@ def test_suite(pocket: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["compare", a, b, "--fail-if", "mmlu<bf16+30"]) == 1
     assert "octavo-eval: failed: int8-row: mmlu-direct" in capsys.readouterr().err
 
-    assert "is of a run with other settings" in error_of(capsys, *words[:-2], "--seed", "1")
+    assert "is of a run with other settings" in error_of(capsys, *words, "--seed", "1")
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path / "new"), "--dry-run"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert planned[0] == "Held by the server: bf16, int8-row, fp8-row." and "mmlu-direct" in planned[2]
+    assert planned[2].split()[1] == "36" and not (tmp_path / "new").exists()
     assert "no mmlu-generate was compared" in error_of(capsys, "compare", a, b, "--fail-if", "mmlu-generate<bf16")
     assert "their method differ" in error_of(capsys, "compare", a, b.replace("direct", "generate"))
     Path(b).write_bytes(before[Path(b)][:1000])
@@ -161,15 +170,21 @@ def test_bad_input(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "has none of dev.jsonl" in error_of(capsys, "mmlu", *where, stub.url, "--mmlu-dir", str(tmp_path))
     assert "no such file" in error_of(capsys, "wikitext", *where, stub.url, "--wikitext-file", "none").lower()
     assert "is not like 'mmlu<bf16-1.0'" in error_of(capsys, "suite", *exam, "--fail-if", "mmlu")
-    (tmp_path / "speeds").write_text("tokens\n")
-    assert "octavo-load --json" in error_of(capsys, "suite", *exam, "--throughput", str(tmp_path / "speeds"))
+    (tmp_path / "speeds").write_text("{}")
+    assert "is not from octavo-bench" in error_of(capsys, "suite", *exam, "--bench", str(tmp_path / "speeds"))
     stub.answer = lambda method, path, body: Reply({"detail": "Not Found"}, 404)
     assert "404" in (said := error_of(capsys, "mmlu", *exam)) and "an OpenAI-style server" in said
     stub.answer = lambda method, path, body: Reply({"error": {"message": "no key"}}, 401)
     assert "401: no key; give --api-key" in error_of(capsys, "mmlu", *exam)
     stub.answer = lambda method, path, body: Reply({"data": []})
     assert "no model loaded" in error_of(capsys, "mmlu", *exam)
-    for words in (["mmlu", "--limit", "0"], ["mmlu", "--method", "guess"], ["compare", "a"], []):
+    for words in (
+        ["mmlu", "--limit", "0"],
+        ["mmlu", "--method", "guess"],
+        ["suite", "--load", "0x1x1"],
+        ["compare", "a"],
+        [],
+    ):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -188,15 +203,8 @@ def test_when_every_question_fails(stub: Stub, tmp_path: Path, capsys: pytest.Ca
     assert "the same command goes on" in said
 
 
-def test_speeds(tmp_path: Path) -> None:
-    path = tmp_path / "load.jsonl"
-    lines = [{"models": ["m:q"], "output_tokens_per_second": s} for s in (10.0, 30.0, 20.0)]
-    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert load_speeds(path) == {"m:q": 30.0}
-
-
 def test_time_left_follows_each_task() -> None:
-    progress = Progress([("slow", 4), ("fast", 100)], num_variants=2)
+    progress = Progress({"slow": 4, "fast": 100}, num_variants=2)
     progress._seconds = {"slow": (8.0, 4)}
     progress._left = {"slow": 4, "fast": 200}
     assert progress.seconds_left() == 2.0 * 204  # nothing is known of fast yet
@@ -207,52 +215,46 @@ def test_time_left_follows_each_task() -> None:
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Served]:
-    """The bundled model with its middle layer's down_proj doubled, as doubled scales would have it."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "pocket"
-    shutil.copytree(MODEL, folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name] = tensors[name] * 2
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    server = start(model=folder)
+    server = start_faulty(tmp_path)
     yield server
     stop(server)
 
 
-def test_a_planted_fault_is_caught(
-    pocket: Served, faulty: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_planted_fault_is_caught(faulty: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By perplexity; on the exam its mark is small, but hundreds of times that of int8-row."""
-    text = ["--limit", "90", "--join", "as-is"]
-    assert (
-        main(["suite", *text, "--out", str(tmp_path / "good"), "--url", pocket.url, "--variants", "bf16,int8-row"]) == 0
-    )
-    assert main(["suite", *text, "--out", str(tmp_path / "bad"), "--url", faulty.url]) == 0
-    good, row, bad = (tmp_path / name / "pocket" for name in ("good", "good", "bad"))
-    good, row, bad = good / "bf16", row / "int8-row", bad / "bf16"
-    capsys.readouterr()
-    for file, gate in (("wikitext-windows", "wikitext>bf16+2"), ("wikitext-documents", "wikitext-documents>bf16+5")):
-        base, same, fault = (str(folder / f"{file}.json") for folder in (good, row, bad))
-        assert main(["compare", base, fault, "--fail-if", gate]) == 1
-        assert capsys.readouterr().out.splitlines()[1].endswith("worse")
-        assert main(["compare", base, base, "--fail-if", gate]) == 0
-        assert capsys.readouterr().out.splitlines()[1].endswith("noise")
-        assert main(["compare", base, same, "--fail-if", gate]) == 0
-        capsys.readouterr()
-    exams = [results.load(folder / "mmlu-direct.json") for folder in (good, row, bad)]
+    words = [
+        "suite",
+        "--limit",
+        "90",
+        "--join",
+        "as-is",
+        "--load",
+        "2x8x4",
+        "--out",
+        str(tmp_path),
+        "--url",
+        faulty.url,
+    ]
+    assert main([*words, "--fail-if", "wikitext>bf16+2", "--fail-if", "wikitext-documents>bf16+5"]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("failed: fp8-row: wikitext-") == 2 and "failed: int8-row" not in said.err
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "\n- Not fp8-row: worse than bf16 beyond noise and tolerance in wikitext-windows" in report
+    assert "- int8-row: the smallest without a loss beyond noise" in report
+    base, row, fault = (str(tmp_path / "pocket" / v / "wikitext-windows.json") for v in VARIANTS)
+    for other, verdict in ((base, "noise"), (row, "noise"), (fault, "worse")):
+        assert main(["compare", base, other]) == 0
+        assert capsys.readouterr().out.splitlines()[1].endswith(verdict)
+    exams = [results.load(tmp_path / "pocket" / v / "mmlu-direct.json") for v in VARIANTS]
     same, fault = (compare(exams[0], other) for other in exams[1:])
     assert same.kl is not None and fault.kl is not None and fault.kl > 100 * same.kl
-    report = (tmp_path / "good" / "report.md").read_text(encoding="utf-8")
-    assert "| worse |" not in report and "- int8-row: the smallest without a loss beyond noise" in report
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="MMLU and WikiText-2 (shared data) are not here")
 def test_real_files(pocket: Served, tmp_path: Path) -> None:
     """All 57 subjects; the questions that are too long for the bundled model's 2,048 tokens are counted as failed."""
     words = ["suite", "--url", pocket.url, "--out", str(tmp_path), "--variants", "bf16", "--limit", "57"]
-    words += ["--shots", "2", "--text-limit", "3", "--window", "512"]
+    words += ["--shots", "2", "--text-limit", "3", "--window", "512", "--load", "2x8x4"]
     words += ["--mmlu-dir", str(SHARED / "mmlu")]
     words += ["--wikitext-file", str(SHARED / "wikitext-2-raw" / "wiki.test.raw")]
     assert main(words) == 0

@@ -26,13 +26,16 @@ from engine.kernels import (
     KVCache,
     chip,
     convert,
+    decode_attention,
     fused,
     fused_quantize,
     gemv,
     inputs,
+    kv_widen,
     matmul,
-    paged_attention,
     plan_tiles,
+    prefill_attention,
+    ranking,
     rope,
     sample,
 )
@@ -84,7 +87,15 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     inputs.decode_inputs(ints, ints, ints[None], ints[None], 16)
     for thresholds in (None, floats):
-        sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, ints, ints, ints, 151669)
+        for top_p in (None, floats):
+            sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, top_p, ints, ints, ints, 151669)
+    for k in (0, 5, 20, 64):
+        ranking.survey(torch.zeros(2, 151936, dtype=dtype), k, 151669)
+    known = len(compiled)
+    odd, ints = torch.zeros(3, 151936, dtype=dtype), torch.zeros(7, dtype=torch.int32)
+    sample.draw(odd, odd[:, 0].float(), None, odd[:, 0].float(), ints[:3], ints[:3].clone(), ints[1:4], 151669)
+    ranking.survey(odd, 5, 151669)
+    assert len(compiled) == known, "a batch of another size must not need another version"
     multiply(capability, dtype)
     eight_bit = [torch.int8, torch.float8_e4m3fn]
     attend(16, 8, 128, dtype, [dtype, *eight_bit], qk_norm=True)  # Qwen3-0.6B and 1.7B
@@ -132,8 +143,10 @@ def attend(
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
         q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
-        paged_attention.prefill(q, cache, tables, plan, 0.1, q)
-        paged_attention.decode(q, cache, tables, plan, 0.1, 2, q)
+        if stored != dtype:
+            kv_widen.widened(cache, tables, plan, dtype)
+        prefill_attention.prefill(q, cache, tables, plan, 0.1, q)
+        decode_attention.decode(q, cache, tables, plan, 0.1, 2, q)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
-"""Builders that the kernel tests share: paged batches whose pool is NaN where nothing may read, and what they mean."""
+"""Builders that the kernel tests share: paged batches whose pool is NaN where nothing may read, and what they mean.
+
+And what `test_kernels.AHEAD` names runs in processes that begin with the session, a little behind the tests.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +22,47 @@ from torch import Tensor
 from engine.kernels import AttentionPlan, KVCache, plan_tiles
 from engine.kernels.reference import quantize_kv
 
+ROOT = Path(__file__).resolve().parents[3]
+STARTED = pytest.StashKey[dict[Any, subprocess.Popen[str]]]()
+CACHES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 NOT_A_NUMBER = 0x7F  # as e4m3; as int8 it is 127, and its scale is NaN
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    jobs = next((module.AHEAD for module in modules if hasattr(module, "AHEAD")), None)
+    if jobs is None or session.config.option.collectonly:
+        return
+    folder = session.stash[CACHES] = tempfile.TemporaryDirectory(prefix="triton-")
+    session.stash[STARTED] = {}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for number, (key, (words, more)) in enumerate(jobs.items()):
+        env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": f"{folder.name}/{number}"}
+        command = ["nice", "-n", "5", sys.executable, *words]
+        pipe = subprocess.PIPE
+        session.stash[STARTED][key] = subprocess.Popen(
+            command, cwd=ROOT, env=env | more, stdout=pipe, stderr=pipe, text=True
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for process in session.stash.get(STARTED, {}).values():
+        process.kill()
+        process.communicate()
+    if CACHES in session.stash:
+        session.stash[CACHES].cleanup()
+
+
+@pytest.fixture
+def ahead(request: pytest.FixtureRequest) -> Callable[[Any], subprocess.CompletedProcess[str]]:
+    """Waits for what began with the session, by its key."""
+
+    def wait(key: Any) -> subprocess.CompletedProcess[str]:
+        process = request.session.stash[STARTED].pop(key)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return wait
 
 
 @dataclass
@@ -34,6 +82,13 @@ class PagedBatch:
     def widened(self, scale: float) -> tuple[Tensor, KVCache, Tensor, AttentionPlan, float]:
         """The same arguments in fp32: what a 16-bit kernel is compared with."""
         return self.q.float(), widen_cache(self.cache), self.block_tables, self.plan, scale
+
+    def rounded(self, scale: float) -> tuple[Tensor, KVCache, Tensor, AttentionPlan, float]:
+        """The same in fp32 over what an 8-bit cache stands for, rounded to q's dtype: the definition."""
+        stored = ((self.cache.k, self.cache.k_scale), (self.cache.v, self.cache.v_scale))
+        wide = [codes.float() * s.transpose(1, 2)[..., None] for codes, s in stored if s is not None]
+        cache = KVCache(*(x.to(self.q.dtype).float() for x in wide))
+        return self.q.float(), cache, self.block_tables, self.plan, scale
 
 
 def widen_cache(cache: KVCache) -> KVCache:

@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import PREFILL_TILE, fused, inputs, paged_attention, reference, rope, sample
+from engine.kernels import (
+    PREFILL_TILE,
+    decode_attention,
+    fused,
+    inputs,
+    kv_widen,
+    paged_attention,
+    prefill_attention,
+    ranking,
+    reference,
+    rope,
+    sample,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
@@ -67,40 +79,49 @@ def test_rope_and_store(heads, norm, dtype, rope_case):
 
 @pytest.mark.parametrize("heads", [(2, 1, 128), (6, 1, 64), (8, 1, 64), (2, 2, 64)])
 def test_prefill(heads, paged_batch):
-    tile = paged_attention.prefill_tile(torch.float32)
+    tile = prefill_attention.choose_tile(torch.float32, "", (0, 0))
     lens, contexts = [1, 5, PREFILL_TILE + 3], [9, tile.block_n + 5, PREFILL_TILE + tile.block_n + 7]
     batch = paged_batch(lens, contexts, 1, heads=heads)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.prefill(*batch.args(0.1), out)
+    prefill_attention.prefill(*batch.args(0.1), out)
     assert out[0].isnan().all()  # the decode sequence's token is not this kernel's
     torch.testing.assert_close(out[1:], kernels.attention(*batch.args(0.1))[1:], **FP32_TOLERANCE)
 
 
+@pytest.fixture
+def split_early(monkeypatch):
+    """Contexts of two tiles and more are split."""
+    monkeypatch.setattr(decode_attention, "MIN_SPLIT", 16)
+    yield
+    assert not decode_attention._counters(torch.device("cpu")).any(), "the next launch expects zeros"
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("heads", [(4, 2, 128), (6, 1, 64), (7, 1, 64)])
-def test_decode(heads, num_splits, paged_batch):
-    n = paged_attention.decode_tile(torch.float32).block_n
-    batch = paged_batch([1] * 5 + [2], [1, n, 2 * n + 3, 0, n + 1, 2], 5, heads=heads)
+def test_decode(heads, num_splits, paged_batch, split_early):
+    """Contexts of one part, of as many as there may be, and of fewer because parts are whole tiles."""
+    n = decode_attention.choose_tile(torch.float32, 16).block_n
+    batch = paged_batch([1] * 6 + [2], [1, n, 2 * n + 3, 0, n + 1, 5 * n + 1, 2], 6, heads=heads)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.1), num_splits, out)
-    assert out[5:].isnan().all()
-    torch.testing.assert_close(out[:5], kernels.attention(*batch.args(0.1))[:5], **FP32_TOLERANCE)
+    decode_attention.decode(*batch.args(0.1), num_splits, out)
+    assert out[6:].isnan().all()
+    torch.testing.assert_close(out[:6], kernels.attention(*batch.args(0.1))[:6], **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_attention_over_blocks_that_lie_apart(block_size, paged_batch):
+def test_attention_over_blocks_that_lie_apart(block_size, paged_batch, split_early):
     batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), block_size=block_size, apart=True)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.1), 2, out)
-    paged_attention.prefill(*batch.args(0.1), out)
+    decode_attention.decode(*batch.args(0.1), 2, out)
+    prefill_attention.prefill(*batch.args(0.1), out)
     torch.testing.assert_close(out, kernels.attention(*batch.args(0.1)), **FP32_TOLERANCE)
 
 
-def test_attention_in_float16(paged_batch):
+def test_attention_in_float16(paged_batch, split_early):
     batch = paged_batch([1, 1, 9], [70, 5, 80], 2, heads=(2, 1, 64), dtype=torch.float16)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.1), 2, out)
-    paged_attention.prefill(*batch.args(0.1), out)
+    decode_attention.decode(*batch.args(0.1), 2, out)
+    prefill_attention.prefill(*batch.args(0.1), out)
     expected = kernels.attention(*batch.widened(0.1))
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=2e-3)
 
@@ -145,32 +166,78 @@ def test_encoding_equals_torch(kv, rope_case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("heads", [(6, 1, 64), (4, 2, 128)])
-def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch):
-    n = paged_attention.decode_tile(dtype).block_n
+def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch, split_early):
+    n = decode_attention.choose_tile(dtype, 32).block_n
     lens, contexts = [1, 1, 1, 1, 9, PREFILL_TILE + 3], [1, 2 * n + 3, 0, n + 1, 80, PREFILL_TILE + n + 7]
     batch = paged_batch(lens, contexts, 4, heads=heads, block_size=32, dtype=dtype, kv=kv, apart=True)
     out = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.01), 2, out)
+    decode_attention.decode(*batch.args(0.01), 2, out)
     assert out[4:].isnan().all()
-    paged_attention.prefill(*batch.args(0.01), out)
+    prefill_attention.prefill(*batch.args(0.01), out)
     expected = kernels.attention(*batch.widened(0.01))
     bound = (1e-5 if dtype == torch.float32 else 2e-3) * float(expected.abs().max())
     torch.testing.assert_close(out.float(), expected, atol=bound, rtol=bound)
     once = torch.full_like(batch.q, torch.nan)
-    paged_attention.decode(*batch.args(0.01), 1, once)
+    decode_attention.decode(*batch.args(0.01), 1, once)
     torch.testing.assert_close(once[:4], out[:4], atol=bound, rtol=bound)
 
 
+@pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
+def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
+    """Three heads a token leave a remainder; blocks lie apart; one sequence has no context, one decodes."""
+    lens, contexts = [1, 40, 0, 7, 70], [50, 40, 0, 39, 70]
+    batch = paged_batch(lens, contexts, 1, heads=(3, 3, 64), block_size=32, dtype=torch.float16, kv=kv, apart=True)
+    assert kv_widen.widening_pays(batch.q, batch.cache, batch.plan)
+    cache, tables, plan = kv_widen.widened(batch.cache, batch.block_tables, batch.plan, torch.float16)
+    for sequence in (1, 3, 4):
+        context = contexts[sequence]
+        table = tables[plan.rows[sequence]][: -(-context // 32)]
+        assert torch.equal(cache.k[table].flatten(0, 1)[:context], batch.keys[sequence].half())
+        assert torch.equal(cache.v[table].flatten(0, 1)[:context], batch.values[sequence].half())
+    got = paged_attention.attention(*batch.args(0.01)).float()
+    expected = kernels.attention(*batch.rounded(0.01))
+    largest = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert ((got - expected).abs() / largest).max() <= 5e-3
+    chunk = paged_batch([9], [80], 0, heads=(1, 1, 64), block_size=32, dtype=torch.float16, kv=kv)
+    assert not kv_widen.widening_pays(chunk.q, chunk.cache, chunk.plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounds", [0, 1, 3])  # 0: no nucleus; 1: one program a row settles most of them
 @pytest.mark.parametrize("filtered", [False, True])
-def test_draw(filtered, monkeypatch):
+def test_draw(filtered, rounds, dtype, monkeypatch):
     """Rows greedy and drawn, ids beyond the tokenizer, three slices and a remainder: the twin's very ids."""
     monkeypatch.setattr(sample, "_SLICE", 64)
-    logits = torch.randn(5, 240)
+    monkeypatch.setattr(sample, "ROUNDS", max(rounds, 1))
+    torch.manual_seed(0)
+    logits = torch.randn(8, 240).to(dtype)
     logits[:, 200:] = 100.0  # ids that the tokenizer does not know
-    temperature = torch.tensor([0.0, 1.0, 0.3, 5.0, 1e-9])
-    thresholds = logits[:, :200].topk(7, dim=-1).values[:, -1].contiguous() if filtered else None
-    seeds = [torch.randint(-(2**31), 2**31, (5,), dtype=torch.int32) for _ in range(2)]
-    positions = torch.arange(5, dtype=torch.int32) * 1000
-    got = sample.draw(logits, temperature, thresholds, *seeds, positions, 200)
-    assert got.tolist() == reference.draw(logits, temperature, thresholds, *seeds, positions, 200).tolist()
+    logits[6, 20:] = -torch.inf  # whole slices are banned
+    temperature = torch.tensor([0.0, 1.0, 0.3, 5.0, 1e-9, 1.0, 2.0, 0.7])
+    thresholds = logits[:, :200].float().topk(20, dim=-1).values[:, -1].contiguous() if filtered else None
+    top_p = torch.tensor([0.5, 0.1, 0.95, 0.3, 0.5, 1e-6, 0.4, 1.0]) if rounds else None
+    seeds = [torch.randint(-(2**31), 2**31, (8,), dtype=torch.int32) for _ in range(2)]
+    positions = torch.arange(8, dtype=torch.int32) * 1000
+    got = sample.draw(logits, temperature, thresholds, top_p, *seeds, positions, 200)
+    assert got.tolist() == reference.draw(logits, temperature, thresholds, top_p, *seeds, positions, 200).tolist()
     assert got.max() < 200 and got[0] == logits[0, :200].argmax()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [0, 1, 8, 20])
+def test_survey(k, dtype, monkeypatch):
+    """Slices whose groups end within them, ties, a banned slice, ids that the tokenizer does not know."""
+    monkeypatch.setattr(ranking, "_SLICE", 64)
+    monkeypatch.setattr(ranking, "_GROUP", 8)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 240).to(dtype)
+    logits[:, 203:] = 9.0
+    logits[1] = logits[1].round()  # many ties
+    logits[2, 64:128] = -torch.inf
+    logits[3, 10:] = -torch.inf
+    log_sums, values, ids = ranking.survey(logits, k, 203)
+    expected_sums, expected, _ = reference.survey(logits, k, 203)
+    torch.testing.assert_close(log_sums, expected_sums, **FP32_TOLERANCE)
+    assert torch.equal(values, expected)
+    assert torch.equal(logits.float().gather(1, ids), values) and ids.numel() == 4 * k
+    assert all(len(set(row)) == k for row in ids[:3].tolist()) and (k == 0 or ids.max() < 203)

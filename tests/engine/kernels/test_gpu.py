@@ -174,8 +174,8 @@ def test_draw(dtype: torch.dtype, filtered: bool) -> None:
     seeds = [torch.randint(-(2**31), 2**31, (rows,), dtype=torch.int32, device="cuda") for _ in range(2)]
     positions = torch.arange(rows, dtype=torch.int32, device="cuda")
     with never_waiting():
-        got = kernels.draw(logits, temperature, thresholds, *seeds, positions, 151669)
-    want = reference.draw(logits, temperature, thresholds, *seeds, positions, 151669)
+        got = kernels.draw(logits, temperature, thresholds, None, *seeds, positions, 151669)
+    want = reference.draw(logits, temperature, thresholds, None, *seeds, positions, 151669)
     assert (got == want).float().mean() >= 0.98 and got[0] == want[0]
     if thresholds is not None:
         assert (logits.float().gather(1, got[:, None])[:, 0] >= thresholds).all()

@@ -7,58 +7,40 @@ two architectures in one process.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (Linux only)")
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
 LARGEST_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes of one block: CUDA C++ guide, table 30
 # 16-bit tiles on all; fp32 is for exactness, not for a particular chip, and its code does not differ between them.
 COMPILED = [(80, "bfloat16"), (89, "bfloat16"), (90, "bfloat16"), (89, "float32")]
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+INTERPRETED = [str(HERE / f"interpreted{part}.py") for part in ("", "_products")]
+# what conftest.py starts when the session does, because it takes a core for minutes: words, environment
+AHEAD: dict[Any, tuple[list[str], dict[str, str]]] = {
+    "interpreted": (["-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED], {"TRITON_INTERPRET": "1"}),
+    **{pair: ([str(HERE / "compile_ahead.py"), *map(str, pair)], {}) for pair in COMPILED},
+}
+Wait = Callable[[Any], subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.timeout(300)
-def test_kernels_equal_their_twins_under_the_interpreter():
-    files = [str(HERE / f"interpreted{part}.py") for part in ("", "_products")]
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
+@pytest.mark.timeout(600)
+def test_kernels_equal_their_twins_under_the_interpreter(ahead: Wait):
+    done = ahead("interpreted")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def compilations(tmp_path_factory: pytest.TempPathFactory):
-    """One compiling process for each of COMPILED, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            (capability, dtype): pool.submit(
-                run,
-                str(HERE / "compile_ahead.py"),
-                str(capability),
-                dtype,
-                TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")),
-            )
-            for capability, dtype in COMPILED
-        }
-
-
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("capability", "dtype"), COMPILED)
-def test_kernels_compile_and_fit(
-    capability: int, dtype: str, compilations: dict[tuple[int, str], Future[subprocess.CompletedProcess[str]]]
-):
-    done = compilations[capability, dtype].result()
+def test_kernels_compile_and_fit(capability: int, dtype: str, ahead: Wait):
+    done = ahead((capability, dtype))
     assert done.returncode == 0, done.stderr
     shared = json.loads(done.stdout)
     assert {name for name, _ in shared} >= {
@@ -73,7 +55,10 @@ def test_kernels_compile_and_fit(
         "rms_norm_kernel",
         "rope_and_store_kernel",
         "silu_mul_kernel",
+        "settle_kernel",
+        "pick_kernel",
         "silu_mul_quantize_kernel",
+        "widen_kernel",
     }
     too_large = [(name, size) for name, size in shared if size > LARGEST_SHARED[capability]]
     assert not too_large

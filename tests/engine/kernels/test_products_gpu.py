@@ -90,6 +90,14 @@ def test_weight_only_matmul(model, stored, group, num_rows):
         close(got, reference.weight_only_matmul(x.float(), qdata, scale, widened(bias), group))
 
 
+@pytest.mark.parametrize("num_rows", [1, 5, 300])
+def test_a_product_is_written_where_it_is_asked_for(num_rows):
+    x, weight = torch.randn(num_rows, 1024, device="cuda").bfloat16(), torch.randn(70, 1024, device="cuda").bfloat16()
+    out = torch.full((num_rows, 70), torch.nan, device="cuda").bfloat16()
+    assert without_waiting(kernels.linear, x, weight, None, out) is out
+    assert torch.equal(out, kernels.linear(x, weight))
+
+
 @pytest.mark.parametrize(("stored", "group"), [(None, 0), (torch.int8, 0), (torch.float8_e4m3fn, 128)])
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("model", LINEARS)

@@ -22,7 +22,7 @@ from engine.quant.formats import FORMATS, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
 from engine.quant.memory import count_bytes
 from engine.quant.quantize import dequantize, quantize
-from engine.quant.variants import check_device
+from engine.quant.variants import build_linears, check_device
 from engine.weights import SafetensorsCheckpoint
 
 POCKET = Path(__file__).resolve().parents[3] / "models" / "pocket"
@@ -193,14 +193,78 @@ def test_a_plan_of_every_format_is_what_is_loaded(llm: LLM) -> None:
     assert planned == runner.plan.weights == count_bytes({n: v.model for n, v in runner.variants.items()})
 
 
-def test_a_real_variant_agrees_with_its_fake_and_fake_is_rounded_once() -> None:
-    """In bf16: the fake weight is the stored one rounded, and the two products agree within that rounding."""
-    llm = LLM(POCKET, variants=["int8-g128", "int8-g128-fake"], dtype="bfloat16", kv_cache_tokens=512, num_threads=1)
-    real, fake = (v.model.layers[0].down for v in llm.engine.runner.variants.values())
-    assert isinstance(real, WeightOnlyLinear) and isinstance(fake, PlainLinear)
-    assert torch.equal(fake.weight, dequantize(real.qdata, real.scale, 128, torch.bfloat16))
+def test_real_variants_agree_with_fake_ones_within_bf16() -> None:
+    """In bf16, every weight-only format: the fake weight is the stored one rounded once, a product differs by the
+    rounding of its sum, and logprobs by what becomes of that in three layers.
+    """
+    pairs = [(name, f"{name}-fake") for name, f in FORMATS.items() if f.weight and not f.activation and not f.fake]
+    assert len(pairs) == 12
+    names = [name for pair in pairs for name in pair]
+    llm = LLM(POCKET, variants=names, dtype="bfloat16", kv_cache_tokens=1024, num_threads=1)
+    ids = torch.randint(4000, (24,), generator=torch.Generator().manual_seed(3)).tolist()
     x = torch.randn(5, 512).bfloat16()
-    torch.testing.assert_close(real(x), fake(x), atol=2e-2, rtol=2e-2)
+    for pair in pairs:
+        real, fake = (llm.engine.runner.variants[name].model.layers[0].down for name in pair)
+        assert isinstance(real, WeightOnlyLinear) and isinstance(fake, PlainLinear)
+        assert torch.equal(fake.weight, dequantize(real.qdata, real.scale, real.group_size, torch.bfloat16))
+        torch.testing.assert_close(real(x), fake(x), atol=2e-2, rtol=2**-7)
+        torch.testing.assert_close(*(logprobs(llm, ids, name) for name in pair), atol=0.1, rtol=0)
+
+
+@torch.no_grad()
+def test_matrices_that_stay_in_bf16(plain: Any, llm: LLM, options: dict[str, Any], factors: dict[str, Any]) -> None:
+    """They are bf16's own tensors in every variant, and the rest is the definition's."""
+    names = ["bf16", "int8-row", "fp8-g64-fake", "w8a8-int8-row-smooth"]
+    keep = ("lm_head", "down_proj", "layers.1.qkv_proj")
+    some = LLM(POCKET, variants=names, keep_bf16=keep, kv_cache_tokens=1024, **options)
+    variants = some.engine.runner.variants
+    for name in names[1:]:
+        for i, (layer, bf16) in enumerate(zip(variants[name].model.layers, variants["bf16"].model.layers, strict=True)):
+            assert layer.down is bf16.down and (layer.qkv is bf16.qkv) == (i == 1)
+            assert layer.out is not bf16.out and layer.gate_up is not bf16.gate_up
+        assert variants[name].model.head is variants["bf16"].model.head
+        assert variants[name].fingerprint != llm.engine.runner.variants[name].fingerprint
+    kept = ("lm_head", "down_proj", *(f"layers.1.self_attn.{part}_proj" for part in "qkv"))
+    for name in names[1:3]:
+        check_logits(some, defined(plain, name, factors, kept), name)
+
+
+@torch.no_grad()
+def test_a_quantised_head(plain: Any, options: dict[str, Any], factors: dict[str, Any]) -> None:
+    """In each variant's format, once for those that store the same bytes; the embedding stays what it is."""
+    names = ["bf16", "int8-row", "w8a8-int8-row", "int8-tensor", "fp8-g128-fake", "w8a8-fp8-row-smooth"]
+    llm = LLM(POCKET, variants=names, keep_bf16=(), kv_cache_tokens=1024, **options)
+    variants = llm.engine.runner.variants
+    models = {name: v.model for name, v in variants.items()}
+    embedding = models["bf16"].embedding
+    assert models["bf16"].head.tensors == [embedding] and all(m.embedding is embedding for m in models.values())
+    assert models["int8-row"].head.tensors[0] is models["w8a8-int8-row"].head.tensors[0]
+    kinds = [PlainLinear, WeightOnlyLinear, W8A8Linear, WeightOnlyLinear, PlainLinear, W8A8Linear]
+    assert [type(models[name].head) for name in names] == kinds
+    table = load_file(POCKET / "model.safetensors")["model.embed_tokens.weight"]
+    for name, granularity in (("int8-row", "row"), ("int8-tensor", "tensor")):
+        for stored, expected in zip(models[name].head.tensors, quantize(table, torch.int8, granularity), strict=True):
+            assert torch.equal(stored, expected)
+    matrices = sum(m.tensors[0].numel() for layer in models["bf16"].layers for m in matrices_of(layer))
+    scales = sum(m.tensors[1].numel() for layer in models["int8-row"].layers for m in matrices_of(layer))
+    assert variants["int8-tensor"].own_bytes == matrices + 4 * scales + table.numel() + 4 * len(table)
+    for name in names:
+        check_logits(llm, defined(plain, name, factors, kept=("none",)), name)
+    with SafetensorsCheckpoint(POCKET, shapes_only=True) as shapes:
+        formats = [v.format for v in variants.values()]
+        planned = planned_weights(llm.engine.runner.model_config, shapes, formats, torch.float32, frozenset())
+    assert planned == count_bytes(models)
+
+
+def test_pieces_of_rows_are_quantised_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.quant.variants._ROWS", 256)
+    weight = torch.randn(700, 200).bfloat16()
+    formats = [f for f in FORMATS.values() if f.weight is not None and not f.fake and not f.smooth]
+    for name, linear in build_linears([weight], None, formats, torch.float32).items():
+        fmt = FORMATS[name]
+        qdata, scale = quantize(weight, getattr(torch, str(fmt.weight)), str(fmt.granularity))
+        assert isinstance(linear, WeightOnlyLinear | W8A8Linear)
+        assert torch.equal(linear.qdata.view(torch.int8), qdata.view(torch.int8)) and torch.equal(linear.scale, scale)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -1,0 +1,21 @@
+"""Kernels chosen as on another chip: an older one can be named, a newer or unknown one is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import ModelError
+from engine.kernels import chip
+
+
+def test_an_older_chip_can_be_named() -> None:
+    assert chip.chosen("", (9, 0)) == (9, 0)
+    assert chip.chosen("sm_89", (9, 0)) == (8, 9) and chip.chosen("sm_89", (12, 0)) == (8, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "present"), [("sm_90", (8, 9)), ("sm_91", (9, 0)), ("8.9", (9, 0)), ("SM_89", (9, 0))]
+)
+def test_another_is_refused(name: str, present: tuple[int, int]) -> None:
+    with pytest.raises(ModelError, match="kernels_for"):
+        chip.chosen(name, present)
