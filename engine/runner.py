@@ -6,6 +6,7 @@ between reads a device value on the host, so that the next step can be scheduled
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
 from engine.weights import Checkpoint, open_checkpoint
+
+log = logging.getLogger("octavo.engine")
 
 WARM_UP_ROWS = (5, 40, 300)
 
@@ -147,11 +150,15 @@ class Runner:
         self.mixed_graphs: MixedGraphs | None = None
         self.num_replays = 0  # batches that ran through a graph
         if config.cuda_graphs and self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
             self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size)
             self.graphs.capture()
             self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes)
             self.mixed_graphs.capture(self.graphs.record)
+            taken = free - torch.cuda.mem_get_info(self.device)[0]
+            planned = sum(size for name, size in self.plan.reserves.items() if "CUDA graphs" in name)
+            log.info("CUDA graphs took %.0f MiB; the plan has %.0f for them", taken / 2**20, planned / 2**20)
         if self.device.type == "cuda":
             for name in self.variants:
                 for size in WARM_UP_ROWS:

@@ -43,15 +43,14 @@ class Gate:
             return ApiError("invalid_host")
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         token = token.strip() if scheme.lower() == b"bearer" else b""
-        if _needs_admin(scope):
-            if not self.admin_keys:
-                return ApiError("admin_key_not_set")
-            if _is_one_of(token, self.admin_keys):
-                return None
-            return ApiError("admin_key_required" if _is_one_of(token, self.keys) else "invalid_api_key")
-        if not self.keys or scope["path"] in OPEN_PATHS:
+        if _is_one_of(token, self.admin_keys):
             return None
-        return None if _is_one_of(token, self.keys + self.admin_keys) else ApiError("invalid_api_key")
+        known = _is_one_of(token, self.keys)
+        if _needs_admin(scope):
+            if (self.keys or self.admin_keys) and not known:
+                return ApiError("invalid_api_key")
+            return ApiError("admin_key_required" if self.admin_keys else "admin_key_not_set")
+        return None if known or not self.keys or scope["path"] in OPEN_PATHS else ApiError("invalid_api_key")
 
 
 def _needs_admin(scope: Scope) -> bool:
