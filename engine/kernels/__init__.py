@@ -28,6 +28,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "decode_inputs",
+    "digits_matmul",
     "draw",
     "gated",
     "linear",
@@ -36,7 +37,9 @@ __all__ = [
     "rms_norm",
     "rope_and_store",
     "silu_mul",
+    "split_tokens",
     "survey",
+    "takes_digits",
     "w8a8_matmul",
     "weight_only_matmul",
 ]
@@ -83,15 +86,18 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Codes:
-    """What a product wants its activations in: `dtype`, int8 or float8_e4m3fn, as `quantize_tokens` gives them."""
+    """What a product wants its activations in: `dtype`, int8 or float8_e4m3fn, as `quantize_tokens` gives them, or, of
+    two digits, as `split_tokens` does.
+    """
 
     dtype: torch.dtype
     group_size: int = 0
+    digits: int = 1
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Activations in 8 bits: qdata [M, K], scale [M, G] fp32, and the dtype that products of them come back in."""
+    """Activations in 8 bits: qdata [M * digits, K], scale [M, G] fp32, and the dtype of what is made of them."""
 
     qdata: Tensor
     scale: Tensor
@@ -188,6 +194,8 @@ def silu_mul(gate_up: Tensor, codes: Codes | None = None) -> Tensor | Quantised:
 def _quantised(x: Tensor, codes: Codes | None) -> Tensor | Quantised:
     if codes is None:
         return x
+    if codes.digits == 2:
+        return Quantised(*reference.split_tokens(x, codes.dtype), x.dtype)
     return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size), x.dtype)
 
 
@@ -320,6 +328,49 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
 
         return convert.quantize_tokens(x, dtype, group_size)
     return reference.quantize_tokens(x, dtype, group_size)
+
+
+def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x[M, K] in two digits of `dtype`, int8 or float8_e4m3fn -> [2M, K], scale[M, 1] fp32. Rows 2m and 2m + 1 are the
+    high and low digits of row m, which is, but for rounding, scale[m] * (high + low / 254), or / 16 in fp8.
+
+    int8: the largest magnitude is 127, so what is lost is at most 2^-16 of it. fp8: the scale is the smallest power of
+    two with which nothing exceeds 448; 16-bit floats with 8 significant bits (bf16) lose nothing above 2^-14 of the
+    largest, and what is lost below is at most 2^-22 of it.
+    """
+    if x.is_cuda:
+        from engine.kernels import convert
+
+        return convert.split_tokens(x, dtype)
+    return reference.split_tokens(x, dtype)
+
+
+def digits_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+) -> Tensor:
+    """`weight_only_matmul` of what x[2M, K], x_scale[M, 1] of `split_tokens` stand for -> [M, N] in `dtype`."""
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+    return reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+
+
+def takes_digits(x: Tensor, stored: torch.dtype) -> bool:
+    """Whether `weight_only_matmul` splits x[M, K] in digits before it meets weights of `stored`, which whoever makes x
+    may then do at once.
+    """
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.takes_digits(x, stored)
+    return False
 
 
 def w8a8_matmul(

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels import chip
+from engine.kernels import Codes, chip
 
 _STRETCH = 2048  # weights of one program
+SMALLEST = tl.constexpr(1e-30)  # of a token's largest magnitude, where it is split in digits
+LOW_INT8, LOW_FP8 = tl.constexpr(1.0 / 254.0), tl.constexpr(1.0 / 16.0)  # what the second digit stands for in the first
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it and taking it away rounds halves to even
 
 
@@ -63,17 +65,49 @@ def quantize_values(raw, dtype: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.cons
         value = value * tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), scale)[:, None]
         value = tl.minimum(tl.maximum((value + _ROUND) - _ROUND, -128.0), 127.0)
     else:
-        # Divided by one reciprocal and a correction: rounded as division is (Markstein, 1990, theorem 8.4), where no
-        # remainder is lost to underflow, so tiny scales are lifted first.
+        # Divided by one reciprocal and a correction: rounded as a division is (Markstein, 1990), where no remainder is
+        # lost to underflow, so tiny scales are lifted first. In this order of signs -0 stays -0.
         lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
         divisor = tl.where(scale == 0.0, 1.0, scale * lift)
-        inverse = tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), divisor)[:, None]
-        value = value * lift[:, None]
+        inverse = tl.broadcast_to(tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), divisor)[:, None], (PARTS, SPAN))
+        value *= lift[:, None]
         quotient = value * inverse
-        remainder = tl.fma(-quotient, tl.broadcast_to(divisor[:, None], (PARTS, SPAN)), value)
-        value = tl.fma(remainder, tl.broadcast_to(inverse, (PARTS, SPAN)), quotient)
+        excess = tl.fma(quotient, tl.broadcast_to(divisor[:, None], (PARTS, SPAN)), -value)
+        value = tl.fma(-excess, inverse, quotient)
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     return value.to(dtype), scale
+
+
+@triton.jit
+def split_values(raw, dtype: tl.constexpr):
+    """One token's raw values -> their high and low digits in `dtype`, and the scale. Compiled as `quantize_values`."""
+    value = raw.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.max(tl.abs(value), axis=1), axis=0), SMALLEST)
+    if dtype == tl.int8:
+        scale = tl.div_rn(largest, 127.0)
+        value *= tl.div_rn(1.0, scale)
+        high = (value + _ROUND) - _ROUND
+        low = ((value - high) * 254.0 + _ROUND) - _ROUND
+    else:
+        exponent = (largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23
+        scale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+        value *= ((262 - exponent) << 23).to(tl.float32, bitcast=True)
+        high = value.to(dtype).to(tl.float32)
+        low = (value - high) * 16.0
+    return high.to(dtype), low.to(dtype), scale
+
+
+@triton.jit
+def split_tokens_kernel(x, qdata, scales, K, PARTS: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    high, low, scale = split_values(tl.load(x + row * K + k, mask=k < K, other=0.0), qdata.dtype.element_ty)
+    tl.store(qdata + 2 * row * K + k, high, mask=k < K)
+    tl.store(qdata + (2 * row + 1) * K + k, low, mask=k < K)
+    tl.store(scales + row, scale)
 
 
 @triton.jit
@@ -132,7 +166,7 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
     assert x.dim() == 2 and x.is_contiguous()
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
     rows, depth = x.shape
-    qdata, scale = empty_codes(x, depth, dtype, group_size)
+    qdata, scale = empty_codes(x, depth, Codes(dtype, group_size))
     if rows:
         parts, span, warps = cut(depth, group_size)
         quantize_tokens_kernel[(rows,)](
@@ -150,6 +184,26 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
     return qdata, scale
 
 
+def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert x.dim() == 2 and x.is_contiguous()
+    rows, depth = x.shape
+    qdata, scale = empty_codes(x, depth, Codes(dtype, digits=2))
+    if rows:
+        parts, span, warps = cut(depth, 0)
+        split_tokens_kernel[(rows,)](
+            x,
+            qdata,
+            scale,
+            depth,
+            PARTS=parts,
+            SPAN=span,
+            num_warps=warps,
+            enable_fp_fusion=False,
+            **chip.dependent_launch(x.device),
+        )
+    return qdata, scale
+
+
 def cut(depth: int, group_size: int) -> tuple[int, int, int]:
     """(PARTS, SPAN, warps) for one token of `depth` values in registers: a part is a group, or 128 values."""
     span = group_size or 128
@@ -157,12 +211,13 @@ def cut(depth: int, group_size: int) -> tuple[int, int, int]:
     return parts, span, min(max(parts * span // 1024, 1), 8)
 
 
-def empty_codes(like: Tensor, depth: int, dtype: torch.dtype, group_size: int) -> tuple[Tensor, Tensor]:
-    """Room for codes[M, depth] and scale[M, G] of as many tokens as `like` has."""
-    assert dtype in (torch.int8, torch.float8_e4m3fn), dtype
-    groups = triton.cdiv(depth, group_size) if group_size else 1
+def empty_codes(like: Tensor, depth: int, codes: Codes) -> tuple[Tensor, Tensor]:
+    """Room for codes[M * digits, depth] and scale[M, G] of as many tokens as `like` has."""
+    assert codes.dtype in (torch.int8, torch.float8_e4m3fn), codes.dtype
+    groups = triton.cdiv(depth, codes.group_size) if codes.group_size else 1
     rows = like.shape[0]
-    return like.new_empty(rows, depth, dtype=dtype), like.new_empty(rows, groups, dtype=torch.float32)
+    qdata = like.new_empty(rows * codes.digits, depth, dtype=codes.dtype)
+    return qdata, like.new_empty(rows, groups, dtype=torch.float32)
 
 
 def dequantize(qdata: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,8 @@ from engine.kernels import AttentionPlan, KVCache, chip
 from engine.kernels.kv_codes import LOG2_E, check_attention, exponents, fit_fp16, widen, widen_pairs
 
 MAX_SPLITS = 32
-MIN_SPLIT = 256  # positions; below this joining costs more than the split gains
+MIN_SPLIT = 32  # positions; below this joining costs more than the split gains
+_PROGRAMS_PER_SM = 6  # more than that read no faster, and each that leaves at once still costs 4 ns
 _COLUMNS = 8  # the least columns of a tensor-core tile; G of them are used
 _MAX_COUNTERS = 1 << 16
 
@@ -52,11 +53,12 @@ class Tile:
     num_stages: int
 
 
-def choose_tile(dtype: torch.dtype, block_size: int) -> Tile:
-    """dtype: the computing one."""
+def choose_tile(dtype: torch.dtype, kind: str, block_size: int, programs_per_sm: float) -> Tile:
+    """dtype: the computing one. kind: of the cache, as `check_cache` gives it."""
     if dtype == torch.float32:
         return Tile(min(block_size, 32), 4, 2)
-    return Tile(min(block_size, 32), 1, 3)
+    # 8 bits: a stage holds half as much, so more of them where few programs share the memory.
+    return Tile(min(block_size, 32), 1, 4 if kind and programs_per_sm <= 8 else 3)
 
 
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["rows", "context_lens"])
@@ -190,7 +192,7 @@ def _join(partial, lse, out, head, num_splits, used, D: tl.constexpr, MAX_SPLITS
 
 def choose_splits(programs: int, longest: int, num_sms: int) -> int:
     """Into how many parts to split contexts of up to `longest` positions, given `programs` without splitting."""
-    return max(1, min(2 * num_sms // programs, longest // MIN_SPLIT, MAX_SPLITS))
+    return max(1, min(_PROGRAMS_PER_SM * num_sms // programs, longest // MIN_SPLIT, MAX_SPLITS))
 
 
 def decode(
@@ -211,7 +213,8 @@ def decode(
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     assert 1 <= num_splits <= MAX_SPLITS
     assert plan.num_decodes * num_kv_heads <= _MAX_COUNTERS
-    tile = tile or choose_tile(q.dtype, block_size)
+    programs = plan.num_decodes * num_kv_heads * num_splits
+    tile = tile or choose_tile(q.dtype, kind, block_size, programs / chip.num_sms(q.device))
     v_read = v_cache.view(torch.int16) if kind else v_cache
     stored = plan.num_decodes * num_kv_heads * group * num_splits if num_splits > 1 else 0
     decode_kernel[(num_kv_heads, plan.num_decodes, num_splits)](

@@ -17,8 +17,33 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import Codes, Quantised, chip
-from engine.kernels.convert import cut, empty_codes, quantize_values
+from engine.kernels.convert import cut, empty_codes, quantize_values, split_values
 from engine.kernels.fused import check_rows
+
+
+@triton.jit
+def _store_codes(
+    value,
+    qdata,
+    scales,
+    row,
+    k,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DIGITS: tl.constexpr,
+):
+    if DIGITS == 2:
+        high, low, scale = split_values(value, qdata.dtype.element_ty)
+        tl.store(qdata + 2 * row * K + k, high, mask=k < K)
+        tl.store(qdata + (2 * row + 1) * K + k, low, mask=k < K)
+        tl.store(scales + row, scale)
+    else:
+        code, scale = quantize_values(value, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
+        tl.store(qdata + row * K + k, code, mask=k < K)
+        part = tl.arange(0, PARTS)
+        tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
 
 
 @triton.jit
@@ -35,6 +60,7 @@ def norm_quantize_kernel(
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
+    DIGITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -53,10 +79,7 @@ def norm_quantize_kernel(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(tl.sum(value * value, axis=1), axis=0) / H + eps)
     normed = (gain * (value * scale).to(dtype).to(tl.float32)).to(dtype)
-    code, code_scale = quantize_values(normed, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
-    tl.store(qdata + row * H + k, code, mask=mask)
-    part = tl.arange(0, PARTS)
-    tl.store(scales + row * GROUPS + part, code_scale, mask=part < GROUPS)
+    _store_codes(normed, qdata, scales, row, k, H, PARTS, SPAN, GROUPS, DIGITS)
 
 
 @triton.jit
@@ -68,6 +91,7 @@ def silu_mul_quantize_kernel(
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
+    DIGITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -80,10 +104,7 @@ def silu_mul_quantize_kernel(
     up = tl.load(gate_up + row * 2 * I + I + k, mask=mask, other=0.0).to(tl.float32)
     dtype = gate_up.dtype.element_ty
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    code, code_scale = quantize_values((silu * up).to(dtype), qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
-    tl.store(qdata + row * I + k, code, mask=mask)
-    part = tl.arange(0, PARTS)
-    tl.store(scales + row * GROUPS + part, code_scale, mask=part < GROUPS)
+    _store_codes((silu * up).to(dtype), qdata, scales, row, k, I, PARTS, SPAN, GROUPS, DIGITS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes) -> Quantised:
@@ -103,7 +124,7 @@ def silu_mul(gate_up: Tensor, codes: Codes) -> Quantised:
     check_rows(gate_up)
     num_tokens, width = gate_up.shape
     assert width % 2 == 0
-    qdata, scale = empty_codes(gate_up, width // 2, codes.dtype, codes.group_size)
+    qdata, scale = empty_codes(gate_up, width // 2, codes)
     if num_tokens:
         parts, span, warps = cut(width // 2, codes.group_size)
         silu_mul_quantize_kernel[(num_tokens,)](
@@ -114,6 +135,7 @@ def silu_mul(gate_up: Tensor, codes: Codes) -> Quantised:
             PARTS=parts,
             SPAN=span,
             GROUPS=scale.shape[1],
+            DIGITS=codes.digits,
             num_warps=warps,
             enable_fp_fusion=False,
             **chip.dependent_launch(gate_up.device),
@@ -126,7 +148,7 @@ def _norm(
 ) -> Quantised:
     assert weight.shape == x.shape[1:] and weight.is_contiguous()
     num_tokens, width = x.shape
-    qdata, scale = empty_codes(x, width, codes.dtype, codes.group_size)
+    qdata, scale = empty_codes(x, width, codes)
     if num_tokens:
         parts, span, warps = cut(width, codes.group_size)
         norm_quantize_kernel[(num_tokens,)](
@@ -142,6 +164,7 @@ def _norm(
             PARTS=parts,
             SPAN=span,
             GROUPS=scale.shape[1],
+            DIGITS=codes.digits,
             num_warps=warps,
             enable_fp_fusion=False,
             **chip.dependent_launch(x.device),

@@ -1,11 +1,16 @@
-"""Triton kernel of the products with stored weights, and which of three ways a product goes. Letters: `__init__`.
+"""Triton kernel of the products with stored weights, and which of the ways a product goes. Letters: `__init__`.
 
-One row goes through `gemv.py`. From a few rows to a few hundred, the kernel here: the weight is the left operand, so
-that 8-bit weights are widened in registers on their way into the tensor cores (as the right operand sm_90 would want
-them back in shared memory first), and out.T[N, M] is cut into tiles along N and, where that leaves SMs idle, along K:
-the programs of one tile leave their sums in `partial`, and the last to arrive adds them, in order. More rows still:
-weight-only matrices are widened once, into scratch, and the library multiplies them, as widening inside every tile
-costs more than it saves there; FP8 x FP8 goes to the library's product where the chip has it.
+One row goes through `gemv.py`. From two rows on:
+
+8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
+token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
+That takes as many operations as widened weights would, at twice the rate, and no instruction to widen them: on sm_90
+these cost more than the bytes they save. More rows than that: the weights are widened once, into scratch, and the
+library multiplies. Where the chip has no 8-bit product of these types, weights are widened inside the kernel.
+
+The kernel: out is cut into tiles, a program for each, which walks the inputs, loading some steps ahead. For few rows
+the weight is the left operand, as the tensor cores want 64 rows of that. Where tiles are few and inputs many, the
+inputs are cut too: the programs of one tile leave their sums in `partial`, and the last to arrive adds them, in order.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -21,54 +26,103 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
-from engine.kernels.convert import codes, dequantize, widen
+from engine.kernels.convert import LOW_FP8, LOW_INT8, codes, dequantize, split_tokens, widen
 from engine.kernels.gemv import gemv
 
-DEQUANTIZE_ROWS = 65  # from so many rows on, a weight-only matrix is widened once for all of them
-LIBRARY_FP8_ROWS = 64  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
-PLAIN_ROWS = 16  # up to so many rows, 16-bit weights go through our kernels and not the library's
+DEQUANTIZE_ROWS = 65  # where there are no digits: from so many rows on, a weight-only matrix is widened once for all
+DIGIT_ROWS = 384  # up to so many rows, 8-bit weights meet two-digit activations
+LIBRARY_FP8_ROWS = 1024  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
+PLAIN_ROWS = 64  # up to so many rows, 16-bit weights go through our kernels and not the library's
 
-_MAX_SPLITS = 16
-_MIN_STEPS = 2  # tiles of K that a split must have
-_MAX_TILES = 4096  # that can be split: at most two for each SM are
+_MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts up costs more than they save
+_MAX_TILES = 4096  # that can be split: at most one for each SM are
 
-# The kinds of product: both operands in one wide type, 8-bit weights, both in 8 bits.
-PLAIN, WEIGHT_ONLY, W8A8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# The kinds of product: both in one wide type, 8-bit weights; from W8A8 on both in 8 bits: one digit, two digits.
+PLAIN, WEIGHT_ONLY, W8A8, DIGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One shape of program, for products of up to `max_rows` rows: out.T tiles of block_n x block_m."""
+    """One shape of program: block_m x block_n of out; weight_left: computed as block_n x block_m of out.T."""
 
-    max_rows: int
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    weight_left: bool = True
 
 
-TILES_16BIT = (
-    Tile(16, 16, 64, 128, 4, 4),
-    Tile(32, 32, 64, 128, 4, 4),
-    Tile(64, 64, 64, 128, 4, 3),
-    Tile(1 << 62, 128, 128, 64, 8, 3),
+# For operands of up to so many rows, tiles in the order in which they are tried: the first that gives no SM a second
+# program is taken, else the last, of which several fit on an SM at few rows.
+Tiles = tuple[tuple[int, tuple[Tile, ...]], ...]
+_ANY = 1 << 62
+
+TILES_32BIT: Tiles = ((16, (Tile(16, 32, 32, 4, 3),)), (_ANY, (Tile(64, 64, 16, 8, 3),)))
+# In 99 KiB of shared memory, for chips without wgmma.
+TILES_16BIT: Tiles = (
+    (16, (Tile(16, 64, 128, 4, 4),)),
+    (32, (Tile(32, 64, 128, 4, 4),)),
+    (64, (Tile(64, 64, 128, 4, 3),)),
+    (_ANY, (Tile(128, 128, 64, 8, 3),)),
 )
-TILES_W8A8 = (
-    Tile(16, 16, 64, 256, 4, 4),
-    Tile(32, 32, 64, 256, 4, 4),
-    Tile(64, 64, 64, 256, 4, 3),
-    Tile(1 << 62, 128, 128, 128, 8, 3),
+TILES_8BIT: Tiles = (
+    (16, (Tile(16, 64, 256, 4, 4),)),
+    (32, (Tile(32, 64, 256, 4, 4),)),
+    (64, (Tile(64, 64, 256, 4, 3),)),
+    (_ANY, (Tile(128, 128, 128, 8, 3),)),
 )
-TILES_32BIT = (
-    Tile(16, 16, 32, 32, 4, 3),
-    Tile(1 << 62, 64, 64, 16, 8, 3),
+# Best or within 3 % of it for each matrix of Qwen3-1.7B on an H200.
+PLAIN_SM90: Tiles = (
+    (16, (Tile(16, 64, 128, 4, 6),)),
+    (32, (Tile(32, 64, 128, 4, 6),)),
+    (_ANY, (Tile(64, 32, 128, 4, 6, weight_left=False), Tile(64, 128, 128, 8, 4))),
 )
+_FEW_SM90: Tiles = (
+    (16, (Tile(16, 64, 256, 4, 6), Tile(16, 64, 256, 4, 3))),
+    (32, (Tile(32, 64, 256, 4, 5), Tile(32, 64, 256, 4, 3))),
+)
+_ONE_WAVE_SM90 = (
+    Tile(64, 32, 256, 4, 6, weight_left=False),
+    Tile(64, 64, 256, 4, 5, weight_left=False),
+    Tile(64, 128, 128, 4, 6, weight_left=False),
+)
+_MANY_SM90 = Tile(128, 256, 128, 8, 3, weight_left=False)
+W8A8_FP8_SM90: Tiles = (*_FEW_SM90, (_ANY, (*_ONE_WAVE_SM90, Tile(128, 128, 128, 8, 5, weight_left=False), _MANY_SM90)))
+W8A8_INT8_SM90: Tiles = (
+    *_FEW_SM90,
+    (256, (*_ONE_WAVE_SM90, Tile(64, 128, 128, 4, 4, weight_left=False))),
+    (_ANY, (*_ONE_WAVE_SM90, _MANY_SM90)),
+)
+_ONE_WAVE_DIGITS = (Tile(64, 64, 256, 4, 5), Tile(128, 64, 128, 4, 6), Tile(128, 128, 128, 8, 5))
+_FEW_DIGITS: Tiles = (*_FEW_SM90, (64, (Tile(64, 64, 256, 4, 5), Tile(64, 64, 256, 4, 3))))
+DIGITS_FP8_SM90: Tiles = (
+    *_FEW_DIGITS,
+    (256, (*_ONE_WAVE_DIGITS, Tile(256, 128, 128, 8, 3))),
+    (_ANY, _ONE_WAVE_DIGITS),
+)
+DIGITS_INT8_SM90: Tiles = (*_FEW_DIGITS, (_ANY, (*_ONE_WAVE_DIGITS[:2], Tile(128, 64, 128, 4, 4))))
 
 
-@triton.jit(do_not_specialize=["M", "num_splits"])
+@triton.jit
+def _along(v, FIRST: tl.constexpr):
+    """A vector along the first of two dimensions, or the second."""
+    return v[:, None] if FIRST else v[None, :]
+
+
+@triton.jit
+def _dot(x, w, acc, WEIGHT_LEFT: tl.constexpr):
+    if WEIGHT_LEFT:
+        acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit(do_not_specialize=["R", "num_splits"])
 def matmul_kernel(
     x,
     x_scale,
@@ -78,7 +132,7 @@ def matmul_kernel(
     out,
     partial,
     counters,
-    M,
+    R,
     N,
     K,
     num_groups,
@@ -87,81 +141,116 @@ def matmul_kernel(
     GROUP: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    # Programs run in bands of BAND row tiles, so that what is resident together shares rows and weights in L2.
-    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    # R is x's rows, two for each row of out where they are digits. Programs run in bands of BAND row tiles, so that
+    # what is resident together shares rows and weights in L2.
+    if PDL:
+        gdc_launch_dependents()
+    num_m, num_n = tl.cdiv(R, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     band = tile // (BAND * num_n)
     rows_in_band = min(num_m - band * BAND, BAND)
     inside = tile % (BAND * num_n)
-    m = (band * BAND + inside % rows_in_band) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (band * BAND + inside % rows_in_band) * BLOCK_M
+    r = first + tl.arange(0, BLOCK_M)
     n = (inside // rows_in_band) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    x_tile = x + m.to(tl.int64)[None, :] * K + k[:, None]  # [BLOCK_K, BLOCK_M]
-    w_tile = w + n.to(tl.int64)[:, None] * K + k[None, :]  # [BLOCK_N, BLOCK_K]
-    m_exists, n_exists = m < M, n < N
-    INTEGER: tl.constexpr = KIND == W8A8 and x.dtype.element_ty == tl.int8 and GROUP == 0
-    NEAR: tl.constexpr = min(BLOCK_K, 128)  # FP8 sums are added up in full fp32 so often: sm_90's own have 14 bits
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
+    r_exists, n_exists = r < R, n < N
+    # x_tile [BLOCK_M, BLOCK_K] and w_tile [BLOCK_K, BLOCK_N], or their transposes and the other way round.
+    x_tile = x + _along(r.to(tl.int64) * K, not WEIGHT_LEFT) + _along(k, WEIGHT_LEFT)
+    w_tile = w + _along(n.to(tl.int64) * K, WEIGHT_LEFT) + _along(k, not WEIGHT_LEFT)
+    INTEGER: tl.constexpr = KIND >= W8A8 and x.dtype.element_ty == tl.int8
+    SHAPE: tl.constexpr = (BLOCK_N, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_N)
+    acc = tl.zeros(SHAPE, dtype=tl.int32 if INTEGER and GROUP == 0 else tl.float32)
     per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), num_splits) * BLOCK_K
+    if PDL:
+        gdc_wait()
     for start in range(split * per_split, min((split + 1) * per_split, K), BLOCK_K):
-        x_mask, w_mask = m_exists[None, :], n_exists[:, None]
+        x_mask, w_mask = _along(r_exists, not WEIGHT_LEFT), _along(n_exists, WEIGHT_LEFT)
         if not EVEN_K:
-            x_mask, w_mask = x_mask & (start + k[:, None] < K), w_mask & (start + k[None, :] < K)
-        b = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        a = tl.load(w_tile + start, mask=w_mask, other=0.0)
+            x_mask, w_mask = (
+                x_mask & _along(start + k < K, WEIGHT_LEFT),
+                w_mask & _along(start + k < K, not WEIGHT_LEFT),
+            )
+        x_part = tl.load(x_tile + start, mask=x_mask, other=0.0)
+        w_part = tl.load(w_tile + start, mask=w_mask, other=0.0)
         if KIND == WEIGHT_ONLY:
-            a = widen(a, b.dtype)
+            w_part = widen(w_part, x_part.dtype)
         if GROUP == 0:
-            if INTEGER:
-                acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=NEAR)
+            acc = _dot(x_part, w_part, acc, WEIGHT_LEFT)
         else:
-            part = tl.dot(a, b, input_precision="ieee").to(tl.float32)
+            zeros = tl.zeros(SHAPE, dtype=tl.int32 if INTEGER else tl.float32)
+            part = _dot(x_part, w_part, zeros, WEIGHT_LEFT).to(tl.float32)
             group = start // GROUP
-            part *= tl.load(w_scale + n * num_groups + group, mask=n_exists, other=0.0)[:, None]
+            part *= _along(tl.load(w_scale + n * num_groups + group, mask=n_exists, other=0.0), WEIGHT_LEFT)
             if KIND == W8A8:
-                part *= tl.load(x_scale + m * num_groups + group, mask=m_exists, other=0.0)[None, :]
+                part *= _along(tl.load(x_scale + r * num_groups + group, mask=r_exists, other=0.0), not WEIGHT_LEFT)
             acc += part
     acc = acc.to(tl.float32)
+    ROWS: tl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
+    m, M = first + tl.arange(0, ROWS), R
+    if KIND == DIGITS:
+        tl.static_assert(WEIGHT_LEFT)
+        high, low = tl.split(tl.reshape(acc, (BLOCK_N, ROWS, 2)))
+        acc = high + low * (LOW_INT8 if x.dtype.element_ty == tl.int8 else LOW_FP8)
+        m, M = first // 2 + tl.arange(0, ROWS), R // 2
+    m_exists = m < M
     last = num_splits == 1
     if num_splits > 1:
-        place = (tile * num_splits).to(tl.int64) * (BLOCK_M * BLOCK_N)
-        place += tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(partial + place + split * (BLOCK_M * BLOCK_N), acc)
+        OUT: tl.constexpr = (BLOCK_N, ROWS) if WEIGHT_LEFT else (ROWS, BLOCK_N)
+        place = (tile * num_splits).to(tl.int64) * (ROWS * BLOCK_N)
+        place += tl.arange(0, OUT[0])[:, None] * OUT[1] + tl.arange(0, OUT[1])[None, :]
+        tl.store(partial + place + split * (ROWS * BLOCK_N), acc)
         tl.debug_barrier()  # every thread's part is stored before one of them says so
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1
         if last:
             tl.store(counters + tile, 0)  # as the next product expects it
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            acc = tl.zeros(OUT, dtype=tl.float32)
             for i in range(num_splits):
-                acc += tl.load(partial + place + i * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                acc += tl.load(partial + place + i * (ROWS * BLOCK_N), cache_modifier=".cg")
     if last:
         if GROUP == 0 and KIND != PLAIN:
-            acc *= tl.load(w_scale + n, mask=n_exists, other=0.0)[:, None]
-            if KIND == W8A8:
-                acc *= tl.load(x_scale + m, mask=m_exists, other=0.0)[None, :]
+            acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), WEIGHT_LEFT)
+        if KIND == DIGITS or (KIND == W8A8 and GROUP == 0):
+            acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not WEIGHT_LEFT)
         if BIAS:
-            acc += tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32)[:, None]
+            acc += _along(tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32), WEIGHT_LEFT)
+        result = acc.to(out.dtype.element_ty)
+        if WEIGHT_LEFT:
+            result = tl.trans(result)
         target = out + m.to(tl.int64)[:, None] * N + n[None, :]
-        result = tl.trans(acc.to(out.dtype.element_ty))
         tl.store(target, result, mask=m_exists[:, None] & n_exists[None, :])
 
 
-def choose_tile(num_rows: int, x: torch.dtype, w: torch.dtype) -> Tile:
-    tiles = TILES_32BIT if x == torch.float32 else TILES_W8A8 if x == w and w.itemsize == 1 else TILES_16BIT
-    return next(t for t in tiles if num_rows <= t.max_rows)
+def tiles_for(device: torch.device, kind: int, dtype: torch.dtype) -> Tiles:
+    """Of products whose activations come in `dtype`."""
+    if dtype == torch.float32:
+        return TILES_32BIT
+    if chip.capability(device) != (9, 0) or kind == WEIGHT_ONLY.value:
+        return TILES_8BIT if dtype.itemsize == 1 else TILES_16BIT
+    if kind == PLAIN.value:
+        return PLAIN_SM90
+    if kind == W8A8.value:
+        return W8A8_INT8_SM90 if dtype == torch.int8 else W8A8_FP8_SM90
+    return DIGITS_INT8_SM90 if dtype == torch.int8 else DIGITS_FP8_SM90
 
 
-def choose_splits(num_tiles: int, steps: int, num_sms: int) -> int:
-    """Into how many parts to cut K, of `steps` tiles, so that every SM has two programs."""
-    return max(1, min(2 * num_sms // num_tiles, steps // _MIN_STEPS, _MAX_SPLITS))
+def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
+    candidates = next(c for max_rows, c in tiles if rows <= max_rows)
+    one_wave = (t for t in candidates if triton.cdiv(rows, t.block_m) * triton.cdiv(width, t.block_n) <= num_sms)
+    return next(one_wave, candidates[-1])
+
+
+def choose_splits(num_tiles: int, depth: int, num_sms: int) -> int:
+    """Into how many parts to cut the inputs, so that no more SMs idle than must."""
+    return max(1, min(num_sms // num_tiles, depth // _MIN_DEPTH))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -183,9 +272,32 @@ def weight_only_matmul(
     rows = x.shape[0]
     if rows == 1:
         return gemv(x, qdata, scale, bias, group_size)
+    if takes_digits(x, qdata.dtype):
+        return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size)
     if rows >= DEQUANTIZE_ROWS:
         return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
     return multiply(x, None, qdata, scale, bias, x.dtype, group_size)
+
+
+def takes_digits(x: Tensor, stored: torch.dtype) -> bool:
+    """Whether so many rows, of this dtype and on this device, meet weights of `stored` in two digits."""
+    fp8_too = stored == torch.int8 or chip.capability(x.device) >= (8, 9)
+    return x.is_cuda and 1 < x.shape[0] <= DIGIT_ROWS and x.itemsize == 2 and fp8_too
+
+
+def digits_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+) -> Tensor:
+    _check(x, qdata, scale, bias, group_size)
+    assert x.dtype == qdata.dtype
+    assert x_scale.shape == (x.shape[0] // 2, 1) and x_scale.dtype == torch.float32 and x_scale.is_contiguous()
+    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size)
 
 
 def w8a8_matmul(
@@ -231,23 +343,28 @@ def multiply(
     num_splits: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Any of the products through `matmul_kernel`. tile, num_splits: the tests' and measurements' choice of them."""
+    """Any of the products through `matmul_kernel`; x has two rows for each of x_scale's where they are digits. tile,
+    num_splits: the tests' and measurements' choice of them.
+    """
     (rows, depth), width = x.shape, w.shape[0]
+    if x_scale is not None:
+        kind = (W8A8 if x_scale.shape[0] == rows else DIGITS).value
+    else:
+        kind = (PLAIN if scale is None else WEIGHT_ONLY).value
     if out is None:
-        out = x.new_empty(rows, width, dtype=dtype)
+        out = x.new_empty(rows if x_scale is None else x_scale.shape[0], width, dtype=dtype)
     if rows == 0:
         return out
-    tile = tile or choose_tile(rows, x.dtype, w.dtype)
+    num_sms = chip.num_sms(x.device)
+    tile = tile or choose_tile(tiles_for(x.device, kind, x.dtype), rows, width, num_sms)
     block_k = min(tile.block_k, group_size or tile.block_k)
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
-    steps = triton.cdiv(depth, block_k)
-    num_splits = num_splits or choose_splits(num_tiles, steps, chip.num_sms(x.device))
+    num_splits = num_splits or choose_splits(num_tiles, depth, num_sms)
     parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 else 0
-    kind = W8A8 if x_scale is not None else PLAIN if scale is None else WEIGHT_ONLY
     matmul_kernel[(num_tiles, num_splits)](
         x,
         x if x_scale is None else x_scale,
-        codes(w) if kind == WEIGHT_ONLY else w,
+        codes(w) if kind == WEIGHT_ONLY.value else w,
         x if scale is None else scale,
         x if bias is None else bias,
         out,
@@ -258,16 +375,18 @@ def multiply(
         depth,
         1 if scale is None else scale.shape[1],
         num_splits,
-        KIND=kind.value,
+        KIND=kind,
         GROUP=group_size,
         BIAS=bias is not None,
         EVEN_K=depth % block_k == 0,
+        WEIGHT_LEFT=tile.weight_left,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=block_k,
         BAND=8,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **chip.dependent_launch(x.device),
     )
     return out
 

@@ -240,6 +240,37 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
     return quantize(x, dtype, f"g{group_size}" if group_size else "row")
 
 
+def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    value = x.float()
+    largest = value.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+    if dtype == torch.int8:
+        scale = largest / torch.full_like(largest, 127.0)  # by a tensor: a GPU multiplies by a number's reciprocal
+        value *= 1.0 / scale
+        high = value.round()
+        low = ((value - high) * 254).round_()
+    else:
+        exponent = (largest.view(torch.int32) + 0x1FFFFF) >> 23  # of the first power of two from largest / 1.75 on
+        scale = ((exponent - 8) << 23).view(torch.float32)
+        value /= scale
+        high = value.to(dtype).float()
+        low = (value - high) * 16
+    return torch.stack([high, low], dim=1).flatten(0, 1).to(dtype), scale
+
+
+def digits_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+) -> Tensor:
+    high, low = x.float().view(-1, 2, x.shape[1]).unbind(1)
+    tokens = (high + low / (254 if x.dtype == torch.int8 else 16)) * x_scale
+    return weight_only_matmul(tokens, qdata, scale, None if bias is None else bias.float(), group_size).to(dtype)
+
+
 def w8a8_matmul(
     x: Tensor,
     x_scale: Tensor,

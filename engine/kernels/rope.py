@@ -1,6 +1,7 @@
-"""Triton kernel of norm, rotation and KV store: one pass over a few heads of one token. Letters as in `__init__`.
+"""Triton kernel of norm, rotation and KV store: one pass over a few heads of a few tokens. Letters as in `__init__`.
 
-Arithmetic is fp32; values are rounded to the tensor's dtype exactly where the twin rounds.
+A row is a head of a token; a program takes a few of them, neighbours in memory. Arithmetic is fp32; values are rounded
+to the tensor's dtype exactly where the twin rounds.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -19,10 +20,12 @@ from engine.kernels.fused import check_rows
 from engine.kernels.kv_codes import check_cache, encode
 from engine.kernels.reference import SMALLEST_KV
 
-_HEADS = 4  # heads a program: one token spreads over several SMs, 8,192 tokens do not queue as 262,144 programs
+_FEW_TOKENS = 32  # up to here a step waits for the longest program, beyond for the start of all of them
+_FEW = (2, 1)  # rows and warps of a program
+_MANY = (32, 4)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_and_store_kernel(
     qkv,
     q_norm,
@@ -37,6 +40,7 @@ def rope_and_store_kernel(
     v_scale,
     eps,
     block_stride,
+    num_rows,
     BLOCK_SIZE: tl.constexpr,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
@@ -44,15 +48,16 @@ def rope_and_store_kernel(
     NORM: tl.constexpr,
     KIND: tl.constexpr,
     SMALLEST: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     dtype = q.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]  # [BLOCK_H, 1]
+    HEADS: tl.constexpr = HQ + 2 * HKV
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    exists = row < num_rows
+    token, head = (row // HEADS).to(tl.int64), row % HEADS
     d = tl.arange(0, HALF)[None, :]  # [1, D/2]
-    exists = head < HQ + 2 * HKV
     is_q = head < HQ
     is_v = head >= HQ + HKV
     if NORM:  # weights, which no kernel writes
@@ -61,10 +66,10 @@ def rope_and_store_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    position = tl.load(positions + token).to(tl.int64)
-    slot = tl.load(slots + token)
-    source = qkv + token * ((HQ + 2 * HKV) * D) + head * D + d
-    first = tl.load(source, mask=exists, other=0.0).to(tl.float32)  # [BLOCK_H, D/2]
+    position = tl.load(positions + token, mask=exists, other=0).to(tl.int64)
+    slot = tl.load(slots + token, mask=exists, other=-1)
+    source = qkv + row.to(tl.int64) * D + d
+    first = tl.load(source, mask=exists, other=0.0).to(tl.float32)  # [ROWS, D/2]
     second = tl.load(source + HALF, mask=exists, other=0.0).to(tl.float32)
     first_v, second_v = first, second
     if NORM:
@@ -77,15 +82,15 @@ def rope_and_store_kernel(
     rotated_1 = tl.where(is_v, first_v, first * cos - second * sin).to(dtype)
     rotated_2 = tl.where(is_v, second_v, second * cos + first * sin).to(dtype)
     q_out = q + token * (HQ * D) + head * D + d
-    tl.store(q_out, rotated_1, mask=is_q)
-    tl.store(q_out + HALF, rotated_2, mask=is_q)
+    tl.store(q_out, rotated_1, mask=is_q & exists)
+    tl.store(q_out + HALF, rotated_2, mask=is_q & exists)
     block, offset = (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
     is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
-    is_v = is_v & exists & (slot >= 0)
+    is_v = is_v & (slot >= 0)
     if KIND != "":
         LARGEST: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
         wide_1, wide_2 = rotated_1.to(tl.float32), rotated_2.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(wide_1), axis=1), tl.max(tl.abs(wide_2), axis=1))[:, None]  # [BLOCK_H, 1]
+        largest = tl.maximum(tl.max(tl.abs(wide_1), axis=1), tl.max(tl.abs(wide_2), axis=1))[:, None]  # [ROWS, 1]
         kv_scale = tl.div_rn(tl.maximum(largest, SMALLEST), tl.full(largest.shape, LARGEST, tl.float32))
         rotated_1 = encode(tl.div_rn(wide_1, kv_scale.broadcast_to(wide_1.shape)), KIND)
         rotated_2 = encode(tl.div_rn(wide_2, kv_scale.broadcast_to(wide_2.shape)), KIND)
@@ -125,8 +130,9 @@ def rope_and_store(
         assert gain is None or (gain.shape == (head_dim,) and gain.is_contiguous())
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
-        grid = (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS))
-        rope_and_store_kernel[grid](
+        num_rows = num_tokens * (num_heads + 2 * num_kv_heads)
+        rows, warps = _FEW if num_tokens <= _FEW_TOKENS else _MANY
+        rope_and_store_kernel[(triton.cdiv(num_rows, rows),)](
             qkv,
             qkv if q_norm is None else q_norm,
             qkv if k_norm is None else k_norm,
@@ -140,6 +146,7 @@ def rope_and_store(
             v_scale,
             eps,
             k_cache.stride(0),
+            num_rows,
             BLOCK_SIZE=block_size,
             HQ=num_heads,
             HKV=num_kv_heads,
@@ -147,8 +154,8 @@ def rope_and_store(
             NORM=q_norm is not None,
             KIND=kind,
             SMALLEST=SMALLEST_KV,
-            BLOCK_H=_HEADS,
-            num_warps=1,
+            ROWS=rows,
+            num_warps=warps,
             **chip.dependent_launch(qkv.device),
         )
     return q

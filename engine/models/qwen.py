@@ -64,9 +64,11 @@ class Qwen:
         for layer, cache in zip(self.layers, kv, strict=True):
             x: Tensor | Quantised
             if down is None:
-                x = kernels.rms_norm(residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes)
+                x = kernels.rms_norm(residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual))
             else:
-                x, residual = kernels.add_rms_norm(down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes)
+                x, residual = kernels.add_rms_norm(
+                    down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual)
+                )
             q = kernels.rope_and_store(
                 layer.qkv(x),
                 layer.q_norm,
@@ -79,8 +81,10 @@ class Qwen:
             )  # [T, Hq, D]
             attended = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
             out = layer.out(attended.view(-1, c.num_heads * c.head_dim))  # [T, H]
-            x, residual = kernels.add_rms_norm(out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes)
-            down = layer.down(layer.gate_up.gated(x, layer.down.takes))
+            x, residual = kernels.add_rms_norm(
+                out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)
+            )
+            down = layer.down(layer.gate_up.gated(x, layer.down.takes(residual)))
         assert down is not None
         return kernels.add_rms_norm(down, residual, self.norm, c.rms_norm_eps)[0]
 

@@ -20,8 +20,7 @@ class PlainLinear:
     weight: Tensor
     bias: Tensor | None = None
 
-    @property
-    def takes(self) -> None:
+    def takes(self, like: Tensor) -> None:
         """Activations in the compute dtype."""
 
     def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
@@ -44,7 +43,7 @@ class PlainLinear:
 @dataclass(frozen=True)
 class WeightOnlyLinear:
     """qdata [N, K] int8 or float8_e4m3fn; scale [N, G] float32, each of group_size inputs (0: all, G = 1); bias [N] or
-    None. Activations stay in the compute dtype.
+    None. Activations stay in the compute dtype, or come in two digits that stand for it.
     """
 
     qdata: Tensor
@@ -52,20 +51,22 @@ class WeightOnlyLinear:
     bias: Tensor | None = None
     group_size: int = 0
 
-    @property
-    def takes(self) -> None:
-        """Activations in the compute dtype."""
+    def takes(self, like: Tensor) -> Codes | None:
+        """What spares the product a launch: activations split in digits by the operation before it, for as many rows as
+        `like` has.
+        """
+        return Codes(self.qdata.dtype, digits=2) if kernels.takes_digits(like, self.qdata.dtype) else None
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""
-        assert isinstance(x, Tensor)
-        return kernels.weight_only_matmul(x, self.qdata, self.scale, self.bias, self.group_size)
+        if isinstance(x, Tensor):
+            return kernels.weight_only_matmul(x, self.qdata, self.scale, self.bias, self.group_size)
+        return kernels.digits_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
-        if codes is not None or self.bias is not None:
+        if codes is not None or self.bias is not None or isinstance(x, Quantised):
             return kernels.silu_mul(self(x), codes)
-        assert isinstance(x, Tensor)
         return kernels.gated(x, self.qdata, self.scale, self.group_size)
 
     @property
@@ -86,8 +87,7 @@ class W8A8Linear:
     group_size: int = 0
     pre_scale: Tensor | None = None
 
-    @property
-    def takes(self) -> Codes | None:
+    def takes(self, like: Tensor) -> Codes | None:
         """What spares the product a launch: activations quantised by the operation before it."""
         return None if self.pre_scale is not None else Codes(self.qdata.dtype, self.group_size)
 

@@ -44,6 +44,7 @@ from engine.quant.variants import Smoothing
 
 BUNDLED_TEXT = Path(__file__).resolve().parents[2] / "models" / "pocket" / "prose.txt"
 MAX_TOKENS = 8192  # of the text that are read
+MAX_CHARACTERS = 1 << 20  # of it that are looked at
 WINDOW = 512  # tokens that are read at one time, each window from position 0
 _BLOCK = 16
 _LOG_SECONDS = 2.0
@@ -122,13 +123,14 @@ def _calibration_ids(config: EngineConfig, model_config: ModelConfig) -> Tensor:
     if not config.calibration_file and not path.exists():
         raise ModelError("SmoothQuant needs a text to calibrate with: name one with calibration_file")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS)
     except (OSError, UnicodeDecodeError) as e:
         raise ModelError(f"calibration_file: cannot read {path}: {e}") from None
-    file = Path(config.model) / "tokenizer.json"
-    if not file.exists():
+    tokenizer = Path(config.model) / "tokenizer.json"
+    if not tokenizer.exists():
         raise ModelError(f"SmoothQuant needs the model's tokenizer to calibrate, and {config.model} has none")
-    ids = [i for i in Tokenizer.from_file(str(file)).encode(text).ids if i < model_config.vocab_size][:MAX_TOKENS]
+    ids = [i for i in Tokenizer.from_file(str(tokenizer)).encode(text).ids if i < model_config.vocab_size][:MAX_TOKENS]
     if not ids:
         raise ModelError(f"calibration_file: {path} holds no text")
     return torch.tensor(ids, dtype=torch.int32)

@@ -105,26 +105,50 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
 
 def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
-    for num_rows in (1, matmul.PLAIN_ROWS):
-        matmul.linear(torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype))
+    matrix = torch.zeros(2048, 2048, dtype=dtype)
+    matmul.linear(matrix[:1], matrix)
+    multiply_with(matmul.PLAIN, matrix[:2], None, matrix, None, 0)
     for depth in (2048, 6144, 12288):
         gemv.gemv(torch.zeros(1, depth, dtype=dtype), torch.zeros(64, depth, dtype=dtype), gated=depth == 2048)
-    weight_only = matmul.TILES_32BIT if dtype == torch.float32 else matmul.TILES_16BIT
     for stored in (torch.int8, torch.float8_e4m3fn):
-        for group, some in ((0, slice(None)), (128, slice(None, None, 3))):
+        for group in (0, 128):
             qdata, scale = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2048, 2048 // (group or 2048))
-            convert.dequantize(qdata, scale, group, dtype)
-            for num_rows in (1, *(min(t.max_rows, matmul.DEQUANTIZE_ROWS - 1) for t in weight_only[some])):
-                x = torch.zeros(num_rows, 2048, dtype=dtype)
-                matmul.weight_only_matmul(x, qdata, scale, x[0], group)
-            if (stored == torch.int8 and group) or (stored == torch.float8_e4m3fn and capability < 89):
-                continue  # no such format; the device is refused
             x = torch.zeros(2, 2048, dtype=dtype)
-            fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, group))
-            fused_quantize.silu_mul(x, Codes(stored, group))
-            for tile in matmul.TILES_W8A8[some]:
-                x = torch.zeros(min(tile.max_rows, 512), 2048, dtype=dtype)
-                matmul.w8a8_matmul(*convert.quantize_tokens(x, stored, group), qdata, scale, x[0], dtype, group)
+            convert.dequantize(qdata, scale, group, dtype)
+            matmul.weight_only_matmul(x[:1], qdata, scale, x[0], group)
+            native = stored == torch.int8 or capability >= 89
+            if dtype == torch.float32 or not native:
+                multiply_with(matmul.WEIGHT_ONLY, x, None, qdata, scale, group)
+            if not native:
+                continue
+            for codes in (Codes(stored, group), Codes(stored, digits=2)):
+                if group and stored == torch.int8 and codes.digits == 1:
+                    continue  # no such format
+                fused_quantize.add_rms_norm(x, x, x[0], 1e-6, codes)
+                fused_quantize.silu_mul(x, codes)
+            # The types differ in the instruction: each tile is compiled for one of them, the largest for all.
+            if group == 0 or stored != torch.int8:
+                tokens = convert.quantize_tokens(x, stored, group)
+                multiply_with(matmul.W8A8, *tokens, qdata, scale, group, every=stored != torch.int8)
+            if dtype != torch.float32:
+                tokens = convert.split_tokens(x, stored)
+                multiply_with(matmul.DIGITS, *tokens, qdata, scale, group, every=stored == torch.int8)
+
+
+def multiply_with(
+    kind: Any,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    group: int,
+    *,
+    every: bool = True,
+) -> None:
+    """By every tile, or the largest; with groups, whose scales cost a few registers, by the largest."""
+    tiles = list(dict.fromkeys(t for _, some in matmul.tiles_for(x.device, kind.value, x.dtype) for t in some))
+    for tile in tiles if every and not group else tiles[-1:]:
+        matmul.multiply(x, x_scale, w, scale, None, torch.bfloat16, group, tile)
 
 
 def attend(

@@ -100,7 +100,7 @@ def split_early(monkeypatch):
 @pytest.mark.parametrize("heads", [(4, 2, 128), (6, 1, 64), (7, 1, 64)])
 def test_decode(heads, num_splits, paged_batch, split_early):
     """Contexts of one part, of as many as there may be, and of fewer because parts are whole tiles."""
-    n = decode_attention.choose_tile(torch.float32, 16).block_n
+    n = decode_attention.choose_tile(torch.float32, "", 16, 1).block_n
     batch = paged_batch([1] * 6 + [2], [1, n, 2 * n + 3, 0, n + 1, 5 * n + 1, 2], 6, heads=heads)
     out = torch.full_like(batch.q, torch.nan)
     decode_attention.decode(*batch.args(0.1), num_splits, out)
@@ -167,7 +167,7 @@ def test_encoding_equals_torch(kv, rope_case):
 @pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("heads", [(6, 1, 64), (4, 2, 128)])
 def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch, split_early):
-    n = decode_attention.choose_tile(dtype, 32).block_n
+    n = decode_attention.choose_tile(dtype, "int8", 32, 1).block_n
     lens, contexts = [1, 1, 1, 1, 9, PREFILL_TILE + 3], [1, 2 * n + 3, 0, n + 1, 80, PREFILL_TILE + n + 7]
     batch = paged_batch(lens, contexts, 4, heads=heads, block_size=32, dtype=dtype, kv=kv, apart=True)
     out = torch.full_like(batch.q, torch.nan)
