@@ -128,10 +128,10 @@ def test_variants_come_and_go_under_load(server: Any, user: httpx.Client, admin:
             assert post(admin, "int8-row").status_code == 200  # it is there
             once = text(user, "pocket:int8-row", 50)
             begun = threading.Event()
-            last = pool.submit(streamed, user, "pocket:int8-row", 600, begun)
+            last = pool.submit(streamed, user, "pocket:int8-row", 150, begun)
             assert begun.wait(20)
-            _remove_in_use(server, user, admin, last)
-            assert last.result() == 600  # it was let finish
+            remove_in_use(server, user, admin)
+            assert last.result() == 150  # it was let finish
             assert post(admin, "int8-row").status_code == 201
             assert text(user, "pocket:int8-row", 50) == once
             assert admin.delete("/v1/variants/int8-row").json() == {
@@ -148,22 +148,25 @@ def test_variants_come_and_go_under_load(server: Any, user: httpx.Client, admin:
     assert admin.get("/v1/variants").json()["headroom_bytes"] == HEADROOM
 
 
-def _remove_in_use(server: Any, user: httpx.Client, admin: httpx.Client, last: Any) -> None:
-    """Remove int8-row while `last` uses it."""
+def remove_in_use(server: Any, user: httpx.Client, admin: httpx.Client) -> None:
+    """Remove int8-row while a stream uses it, for as long as we look."""
+    body = PROMPT | {"model": "pocket:int8-row", "max_tokens": 2000, "stream": True}
     with ThreadPoolExecutor(1) as pool:
-        removal = pool.submit(admin.delete, "/v1/variants/int8-row")
-        end = time.monotonic() + 10
-        while listed(user).get("int8-row") != "removing":
-            assert time.monotonic() < end
-        assert on_new_connections(server, "pocket:int8-row") == {404}
-        assert "pocket:int8-row" not in {card["id"] for card in user.get("/v1/models").json()["data"]}
-        assert not last.done() and not removal.done()
-        refused = post(admin, "fp8-row")
-        assert error(refused) == (409, "change_under_way")
-        assert refused.headers["x-should-retry"] == "false"
-        assert error(post(admin, "int8-row")) == (409, "change_under_way")
-        assert removal.result().status_code == 200
-    assert last.done() and "int8-row" not in listed(user)
+        with user.stream("POST", "/v1/completions", json=body) as held:
+            next(held.iter_lines())
+            removal = pool.submit(admin.delete, "/v1/variants/int8-row")
+            end = time.monotonic() + 20
+            while listed(user).get("int8-row") != "removing":
+                assert time.monotonic() < end
+            refused = post(admin, "fp8-row")
+            assert error(refused) == (409, "change_under_way")
+            assert refused.headers["x-should-retry"] == "false"
+            assert error(post(admin, "int8-row")) == (409, "change_under_way")
+            assert on_new_connections(server, "pocket:int8-row") == {404}
+            assert "pocket:int8-row" not in {card["id"] for card in user.get("/v1/models").json()["data"]}
+            assert not removal.done()
+        assert removal.result().status_code == 200  # our client has left
+    assert "int8-row" not in listed(user)
 
 
 def _gauges(page: str) -> str:
