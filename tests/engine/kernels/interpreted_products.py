@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.kernels import Codes, convert, fused_quantize, gemv, matmul, reference
+from engine.benchmarks import tune
+from engine.kernels import Codes, convert, fused_quantize, gemv, matmul, reference, tuned
 from engine.quant.quantize import dequantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
@@ -193,3 +194,29 @@ def test_dequantize(group):
     qdata, scale = stored_weight(3, 2100, group, torch.int8)
     got = convert.dequantize(qdata, scale, group, torch.float32)
     assert torch.equal(got, dequantize(qdata, scale, group, torch.float32))
+
+
+def test_tuning_runs_every_choice_and_keeps_the_fastest(monkeypatch):
+    """By a clock that says so: what is found are entries of a table, tried in the table that the kernels read."""
+    monkeypatch.setattr(tune, "GEMV_TILES", [(128, 4, 0), (256, 4, 4)])
+    monkeypatch.setattr(tune, "STREAMED", 1)
+    monkeypatch.setattr(tuned, "ROWS", (16,))
+    table = tuned.choices(torch.device("cpu"))
+    tried = []
+
+    def clock(product, weights):
+        product(weights[0])
+        tried.append(dict(table))
+        return 1.0 if (256, 4, 4) in table.values() or (32, 64, 256, 4, 3, 1, 1) in table.values() else 2.0
+
+    found = dict(tune.tune([(48, 64)], ["gemv", "w8a8", "digits"], torch.device("cpu"), clock))
+    gemv_best, product_best = (256, 4, 4), (32, 64, 256, 4, 3, 1, 1)
+    assert found == {
+        "gemv/2/48x64": gemv_best,
+        "gemv/1/48x64": gemv_best,
+        "w8a8/int8/16/48x64": product_best,
+        "digits/int8/16/48x64": product_best,
+    }
+    assert {} in tried and all(len(t) <= 1 for t in tried) and table == {}
+    assert all(tuned.valid(key, list(choice)) for t in tried for key, choice in t.items())
+    assert [b for _, b in tune.tune([(48, 64)], ["gemv"], torch.device("cpu"), lambda *_: 1.0)] == [None, None]
