@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels import chip
+from engine.kernels import chip, tuned
 from engine.kernels.convert import codes, widen
 
 # Weights of a program's tile, warps and, where it walks several tiles, programs of one multiprocessor (0: one tile
@@ -138,7 +138,8 @@ def gemv(
     """
     width, depth = w.shape
     assert x.shape == (1, depth) and x.is_contiguous() and w.is_contiguous()
-    size, num_warps, programs = TILES[w.itemsize]
+    found = tuned.choices(x.device).get(tuned.gemv_key(w.itemsize, width, depth))
+    size, num_warps, programs = found or TILES[w.itemsize]
     block_k = triton.next_power_of_2(depth)
     outputs = max(size // block_k, 1)
     if gated:

@@ -6,8 +6,8 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
         "gemv/1/4096x2048": [8192, 8, 0],
         "w8a8/int8/64/4096x2048": [64, 64, 256, 4, 5, 0, 1]}}
 
-One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to so
-many, and the fields of `matmul.Tile` and the splits. What a table lacks is chosen by the rules in `gemv.py` and
+One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
+so many, and the fields of `matmul.Tile` and the splits. What a table lacks is chosen by the rules in `gemv.py` and
 `matmul.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
 """
 
@@ -40,10 +40,10 @@ def gemv_key(itemsize: int, width: int, depth: int) -> str:
     return f"gemv/{itemsize}/{width}x{depth}"
 
 
-def product_key(kind: str, dtype: torch.dtype, rows: int, width: int, depth: int) -> str | None:
-    """None: so many rows are not tuned. dtype: the weights'."""
-    bucket = next((r for r in ROWS if rows <= r), None)
-    return None if bucket is None else f"{kind}/{str(dtype).removeprefix('torch.')}/{bucket}/{width}x{depth}"
+def product_key(kind: str, dtype: torch.dtype, rows: int, width: int, depth: int) -> str:
+    """dtype: the weights'. rows: of the activations as they are multiplied; more than the last of ROWS: not tuned."""
+    bucket = next((r for r in ROWS if rows <= r), 0)
+    return f"{kind}/{str(dtype).removeprefix('torch.')}/{bucket}/{width}x{depth}"
 
 
 @cache
@@ -52,11 +52,12 @@ def choices(device: torch.device) -> Choices:
     if device.type != "cuda" or os.environ.get(chip.VARIABLE):
         return {}
     given = os.environ.get(VARIABLE)
-    path = Path(given) if given else table_path(torch.cuda.get_device_name(device))
+    gpu = torch.cuda.get_device_name(device)
+    path = Path(given) if given else table_path(gpu)
     if not given and not path.exists():
         return {}
     try:
-        return read(path)
+        return read(path, gpu)
     except ModelError as e:
         log.warning("%s; kernels are chosen by their rules", e)
         return {}
@@ -66,8 +67,8 @@ def table_path(gpu: str) -> Path:
     return FOLDER / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
-def read(path: Path) -> Choices:
-    """Raises ModelError, in one line that names the file and the entry."""
+def read(path: Path, gpu: str) -> Choices:
+    """The choices of a table for this GPU. Raises ModelError, in one line that names the file and the entry."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -75,13 +76,16 @@ def read(path: Path) -> Choices:
     entries = whole.get("choices") if isinstance(whole, dict) else None
     if not isinstance(entries, dict):
         raise ModelError(f"the tuned table {path} has no object `choices`")
+    if whole.get("gpu") != gpu:
+        raise ModelError(f"the tuned table {path} is for {json.dumps(whole.get('gpu'))}, this GPU is {gpu}")
     for key, numbers in entries.items():
-        if not _KEY.fullmatch(key) or not _valid(key, numbers):
+        if not _KEY.fullmatch(key) or not valid(key, numbers):
             raise ModelError(f"the tuned table {path} has no valid entry {key}: {json.dumps(numbers)}")
     return {key: tuple(numbers) for key, numbers in entries.items()}
 
 
-def _valid(key: str, numbers: object) -> bool:
+def valid(key: str, numbers: object) -> bool:
+    """Whether this is an entry that `gemv` or `multiply` can be given."""
     if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
         return False
     if key.startswith("gemv"):
