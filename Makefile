@@ -61,5 +61,5 @@ $(VENV)/.serve: $(INPUTS) $(VENV)/.torch
 
 $(VENV)/.dev: $(INPUTS) $(VENV)/.torch
 	@echo "[3/3] installing the server's and the tests' other dependencies"
-	@$(PIP) -e '.[serve,load,dev]'
+	@$(PIP) -e '.[serve,load,plot,dev]'
 	@touch $@ $(VENV)/.serve

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import lzma
+import math
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +46,8 @@ def read_trace(path: str) -> list[Row]:
     rows = sorted(read(path, text.splitlines()))
     if not rows:
         raise LoadError(f"{path}: the trace is empty")
+    if not all(math.isfinite(row.at) for row in rows):
+        raise LoadError(f"{path}: a timestamp is not a number")
     return [row._replace(at=row.at - rows[0].at) for row in rows]
 
 

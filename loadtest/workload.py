@@ -157,7 +157,9 @@ def _read(path: str) -> str:
 def _read_rows(s: Settings) -> list[Any]:
     """Each line's `messages`, first of `turns`, or `prompt`: as messages or text for chat, as text for completions."""
     rows: list[Any] = []
-    for number, line in enumerate(_read(s.prompts).splitlines(), 1):
+    for number, line in enumerate(_read(s.prompts).split("\n"), 1):  # not splitlines: text may hold U+2028
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             prompt = row.get("messages") or row.get("prompt") or row["turns"][0]

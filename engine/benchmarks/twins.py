@@ -157,7 +157,8 @@ def _wide_product(linear: Linear, x: Tensor) -> Tensor:
     q, scale, group = linear.qdata, linear.scale, linear.group_size
     bias = None if linear.bias is None else linear.bias.float()
     if isinstance(linear, W8A8Linear):
-        codes, x_scale = reference.quantize_tokens(x, q.dtype, group)
+        tokens = x if linear.pre_scale is None else x * linear.pre_scale
+        codes, x_scale = reference.quantize_tokens(tokens, q.dtype, group)
         return reference.w8a8_matmul(codes, x_scale, q, scale, bias, torch.float32, group)
     return reference.weight_only_matmul(x.float(), q, scale, bias, group)
 

@@ -236,8 +236,11 @@ def weight_only_matmul(
     return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
 
 
-def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    return quantize(x, dtype, f"g{group_size}" if group_size else "row")
+def quantize_tokens(
+    x: Tensor, dtype: torch.dtype, group_size: int = 0, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    smooth = x if pre_scale is None else x * pre_scale  # in fp32, as pre_scale is
+    return quantize(smooth, dtype, f"g{group_size}" if group_size else "row")
 
 
 def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -266,7 +269,7 @@ def digits_matmul(
     dtype: torch.dtype,
     group_size: int = 0,
 ) -> Tensor:
-    high, low = x.float().unflatten(0, (-1, 2)).unbind(1)
+    high, low = x.float().view(-1, 2, x.shape[1]).unbind(1)
     tokens = (high + low / (254 if x.dtype == torch.int8 else 16)) * x_scale
     return weight_only_matmul(tokens, qdata, scale, None if bias is None else bias.float(), group_size).to(dtype)
 

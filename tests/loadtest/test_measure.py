@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -142,7 +143,7 @@ def test_ctrl_c_saves_what_was_measured(stub, tmp_path: Path):
 def saved(stub, tmp_path: Path) -> Path:
     for name, model in (("a", "stub:a"), ("b", "stub:slow")):
         argv = [stub.url, "--model", model, "--concurrency", "2,4", "--requests", "24", "--output-tokens", "5"]
-        assert main([*argv, "--out", str(tmp_path / name), "--slo", "ttft_p99=2s"]) == 0
+        assert main([*argv, "--out", str(tmp_path / name), "--slo", "ttft_p99=2s", "--png"]) == 0
     return tmp_path
 
 
@@ -155,6 +156,9 @@ def test_files_and_comparison(saved: Path, capsys):
     page = (saved / "b.html").read_text()
     assert page.count("<svg") == 10 and "http" not in page.replace(document["settings"]["url"], "")
     assert "ttft_p99=2000ms" in page and page.count("<circle") > 4
+    picture = (saved / "b.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 50_000
+    assert struct.unpack(">II", picture[16:24]) == (1512, 1161), "ten plots, three in a row"
     text = compare_files(str(saved / "a.json"), str(saved / "b.json"))
     lines = [line for line in text.splitlines() if line.startswith("  TTFT ms p50")]
     assert len(lines) == 2 and all(line.endswith("  differs") for line in lines)

@@ -53,6 +53,7 @@ WRONG = [
     ("--scenario", "/nowhere.toml"),
     ("--arrivals", "trace"),
     ("--out", "/nowhere/at/all"),
+    ("--png", "--json"),
 ]
 
 
@@ -163,10 +164,10 @@ def test_chat_and_files(tmp_path: Path):
     text.write_text("one two three four five six seven")
     assert all(len(b["prompt"].split()) == 128 for b in bodies(replace(BASE, prompts=str(text))))
     rows = tmp_path / "c.jsonl"
-    rows.write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\n{"messages": [{"role": "user", "content": "d"}]}\n')
+    rows.write_text('{"prompt": "a\u2028b"}\n{"turns": ["b", "c"]}\n\n{"messages": [{"content": "d"}]}\n')
     s = replace(BASE, prompts=str(rows), requests=4)
-    assert [b["prompt"] for b in bodies(s)] == ["a", "b", "d", "a"]
-    assert bodies(replace(s, api="chat"))[2]["messages"] == [{"role": "user", "content": "d"}]
+    assert [b["prompt"] for b in bodies(s)] == ["a\u2028b", "b", "d", "a\u2028b"]
+    assert bodies(replace(s, api="chat"))[2]["messages"] == [{"content": "d"}]
     for bad in ('{"text": 1}', "[]", "no", ""):
         rows.write_text(bad)
         with pytest.raises(LoadError):
@@ -213,6 +214,7 @@ def test_mooncake_shares_prefixes(tmp_path: Path):
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "empty"),
         ("m.jsonl", '{"timestamp": 1, "input_length": 2}\n', "no column output_length"),
         ("m.jsonl", "nothing\n", "line 1"),
+        ("m.jsonl", '{"timestamp": NaN, "input_length": 2, "output_length": 2}\n', "not a number"),
         ("m.jsonl", "[1]\n", "no column"),
         ("m.txt", "", "a trace is"),
         ("m.jsonl.xz", "not xz", "cannot read"),
@@ -232,21 +234,32 @@ def test_a_dead_server(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "octavo-load: http://127.0.0.1:9/v1/models: [Errno 111] Connection refused\n"
 
 
-def test_a_server_of_something_else(capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n<html/>", "not an OpenAI-style answer"),
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"data": 5}', "not an OpenAI-style answer"),
+        (b'HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\n{"data": []}', "serves no model"),
+        (b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n", "HTTP 401: give its key by"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not an OpenAI-style answer"),
+        (b"", "closed connection"),
+    ],
+)
+def test_a_server_of_something_else(capsys: pytest.CaptureFixture[str], answer: bytes, said: str):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def answer() -> None:
+        def reply() -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(4096)
-                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n<html/>")
+                connection.sendall(answer)
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=reply)
         thread.start()
         assert main([f"http://127.0.0.1:{listener.getsockname()[1]}"]) == 2
         thread.join()
     err = capsys.readouterr().err
-    assert "not an OpenAI-style answer" in err and err.count("\n") == 1
+    assert said in err and err.count("\n") == 1, err
 
 
 def test_a_model_that_is_not_served(stub, capsys: pytest.CaptureFixture[str]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -103,6 +104,21 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path, monkeypatch: p
     (tmp_path / "o.yaml").write_text("port: 1\n")
     monkeypatch.setenv("OCTAVO_CONFIG", str(tmp_path / "o.yaml"))
     assert load_settings(["m"]).port == 1
+
+
+@pytest.mark.parametrize("name", [name for name in ServerSettings.model_fields if name != "config"])
+def test_every_option_is_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = ServerSettings.model_fields[name]
+    words = {"device": "cpu", "api_key": "k", "gpu_memory_utilization": "0.5"}
+    word = words.get(name) or {bool: "true", int: "7", float: "7", str: "w"}.get(type(field.default), "int8-row")
+    if get_origin(field.annotation) is Literal:
+        word = get_args(field.annotation)[-1 if get_args(field.annotation)[-1] != field.default else 0]
+    (tmp_path / "o.yaml").write_text(f"{name}: {word}\n")
+    argv = [*(["m"] if name != "model" else []), *(["--dry-run"] if name == "gpu_memory" else [])]
+    from_file = load_settings([*argv, "--config", str(tmp_path / "o.yaml")])
+    monkeypatch.setenv(f"OCTAVO_{name.upper()}", word)
+    from_environment = load_settings(argv)
+    assert getattr(from_file, name) == getattr(from_environment, name) != field.default
 
 
 def test_lists_take_commas_and_repetition() -> None:
