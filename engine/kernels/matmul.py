@@ -202,14 +202,16 @@ def matmul_kernel(
     ROWS: tl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
     m, M = first + tl.arange(0, ROWS), R
     if KIND == DIGITS:
-        tl.static_assert(WEIGHT_LEFT)
+        if not WEIGHT_LEFT:
+            acc = tl.trans(acc)
         high, low = tl.split(tl.reshape(acc, (BLOCK_N, ROWS, 2)))
         acc = high + low * (LOW_INT8 if x.dtype.element_ty == tl.int8 else LOW_FP8)
         m, M = first // 2 + tl.arange(0, ROWS), R // 2
     m_exists = m < M
+    LEFT: tl.constexpr = WEIGHT_LEFT or KIND == DIGITS  # acc is of out.T
     last = num_splits == 1
     if num_splits > 1:
-        OUT: tl.constexpr = (BLOCK_N, ROWS) if WEIGHT_LEFT else (ROWS, BLOCK_N)
+        OUT: tl.constexpr = (BLOCK_N, ROWS) if LEFT else (ROWS, BLOCK_N)
         place = (tile * num_splits).to(tl.int64) * (ROWS * BLOCK_N)
         place += tl.arange(0, OUT[0])[:, None] * OUT[1] + tl.arange(0, OUT[1])[None, :]
         tl.store(partial + place + split * (ROWS * BLOCK_N), acc)
@@ -222,13 +224,13 @@ def matmul_kernel(
                 acc += tl.load(partial + place + i * (ROWS * BLOCK_N), cache_modifier=".cg")
     if last:
         if GROUP == 0 and KIND != PLAIN:
-            acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), WEIGHT_LEFT)
+            acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), LEFT)
         if KIND == DIGITS or (KIND == W8A8 and GROUP == 0):
-            acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not WEIGHT_LEFT)
+            acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not LEFT)
         if BIAS:
-            acc += _along(tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32), WEIGHT_LEFT)
+            acc += _along(tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32), LEFT)
         result = acc.to(out.dtype.element_ty)
-        if WEIGHT_LEFT:
+        if LEFT:
             result = tl.trans(result)
         target = out + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(target, result, mask=m_exists[:, None] & n_exists[None, :])
