@@ -366,14 +366,14 @@ def digits_matmul(
     return reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
 
 
-def takes_digits(x: Tensor, stored: torch.dtype) -> bool:
+def takes_digits(x: Tensor, stored: torch.dtype, group_size: int = 0) -> bool:
     """Whether `weight_only_matmul` splits x[M, K] in digits before it meets weights of `stored`, which whoever makes x
     may then do at once.
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.takes_digits(x, stored)
+        return matmul.takes_digits(x, stored, group_size)
     return False
 
 

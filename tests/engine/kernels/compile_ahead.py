@@ -151,8 +151,9 @@ def multiply_with(
     every: bool = True,
 ) -> None:
     """By every tile, or the largest; with groups, whose scales cost a few registers, by the largest."""
-    tiles = list(dict.fromkeys(t for _, some in matmul.tiles_for(x.device, kind.value, x.dtype) for t in some))
-    for tile in tiles if every and not group else tiles[-1:]:
+    tiles = matmul.tiles_for(x.device, kind.value, x.dtype, group)
+    chosen = list(dict.fromkeys(t for _, some in tiles for t in some))
+    for tile in chosen if every and not group else chosen[-1:]:
         matmul.multiply(x, x_scale, w, scale, None, torch.bfloat16, group, tile)
 
 
