@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Assembled, Tables, assemble, prefill_batch
+from engine.batch import Assembled, Tables, assemble, decode_batch, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
 from engine.kv_pool import KVPool, tokens_per_block
@@ -164,7 +164,13 @@ class Runner:
         batches.append(replace(prompt, plan=replace(prompt.plan, context_lens_host=contexts)))
         for batch in batches:
             for name, variant in self.variants.items():
-                variant.model.forward(batch, self.kv[name])
+                hidden = variant.model.forward(batch, self.kv[name])
+                variant.model.logits(hidden[:PROMPT_LOGPROB_ROWS])
+        for size in (1, self.config.max_num_seqs) if self.graphs is None else ():
+            rows = torch.full((size,), spare, dtype=torch.int32, device=self.device)
+            for name, variant in self.variants.items():
+                batch = decode_batch(rows, torch.zeros_like(rows), self.tables, self.block_sizes[name])
+                variant.model.logits(variant.model.forward(batch, self.kv[name]))
         t = self.tables
         logits = torch.zeros(1, self.model_config.vocab_size, dtype=self.dtype, device=self.device)
         warm_up(logits, t.floats, t.ints, t.tokens, self.num_ids)
