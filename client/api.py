@@ -186,6 +186,10 @@ class OctavoClient:
         async with self._answer("GET", "/metrics", None, read=True) as response:
             return response.text
 
+    async def variants(self) -> JSON:
+        """GET /v1/variants: what is held (`data`) and the bytes that others may yet take (`headroom_bytes`)."""
+        return await self._call("GET", "/v1/variants")
+
     async def load_variant(self, name: str) -> JSON:
         """POST /v1/variants: hold one more variant. Sent once: it may take a minute, and a refusal stays one."""
         async with self._answer("POST", "/v1/variants", {"name": name}, read=True, admin=True) as response:

@@ -71,6 +71,10 @@ class SyncOctavoClient:
         """The page for Prometheus."""
         return self._runner.run(self._client.metrics())
 
+    def variants(self) -> JSON:
+        """GET /v1/variants."""
+        return self._runner.run(self._client.variants())
+
     def load_variant(self, name: str) -> JSON:
         """POST /v1/variants."""
         return self._runner.run(self._client.load_variant(name))

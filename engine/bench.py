@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from engine import matmul_error
-from engine.benchmarks import measure, selfcheck
+from engine.benchmarks import measure, selfcheck, tune
 from engine.config import load_model_config
 from engine.llm import LLM
 from engine.phases import PhaseClock
@@ -90,6 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_arguments(command("throughput", throughput, __doc__))
     measure.add_arguments(command("limits", measure.main, measure.__doc__))
     selfcheck.add_arguments(command("selfcheck", selfcheck.main, selfcheck.__doc__))
+    tune.add_arguments(command("tune", tune.main, tune.__doc__))
     matmul_error.add_arguments(command("matmul-error", matmul_error.main, matmul_error.__doc__))
     return parser.parse_args(argv)
 

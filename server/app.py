@@ -133,7 +133,8 @@ def main() -> None:
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level=config.log_level if config.log_level != "info" else "warning",  # uvicorn's info is about itself
+        # uvicorn's info is about itself, its warnings about clients' broken HTTP, which is counted
+        log_level=config.log_level if config.log_level != "info" else "error",
         access_log=False,
         proxy_headers=False,
         server_header=False,

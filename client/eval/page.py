@@ -17,7 +17,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-spa
 th, td { padding: .2rem .55rem; text-align: right; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #888; } th:first-child, td:first-child { text-align: left; }
 td.worse { background: #fbdada; } td.better { background: #daf3da; } td.noise { color: #777; }
-svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #333; }
+.chart { display: inline-block; max-width: 100%; margin-right: 1rem; }
+svg { max-width: 100%; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: #333; paint-order: stroke; stroke: #fff; stroke-width: 3px; }
 """
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 30, 45  # margins
@@ -49,7 +51,7 @@ def _block(block: Block) -> str:
             lines = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
             return f'<div class="wide"><table>\n<tr>{head}</tr>\n{lines}\n</table></div>'
         case Chart():
-            return f"<p>{chart(block)}</p>"
+            return f'<div class="chart">{chart(block)}</div>'
 
 
 def _cell(text: str) -> str:

@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from client.api import OctavoClient
+from client.api import NotFound, OctavoClient
+from client.eval.data import EvalError
 from client.eval.loading import Served
+from client.eval.results import BASELINE
 from client.eval.suite import Task, title, whole
 
 PROBE = 24  # items of each task; of those after them the examples are in the prefix cache too
@@ -37,7 +39,9 @@ async def print_plan(
         print(f"Measured already, in {out}: {', '.join(done)}.")
     if absent and load:
         print(f"To be loaded, in this order: {', '.join(absent)}.")
-        print("Each stays while there is room; where the next has none, the oldest of them is dropped first.")
+        for together in groups(*await room(client), absent):
+            print(f"  together: {', '.join(together)}")
+        print("  (by the most bytes that each may take; where the next has no room the oldest is dropped)")
     elif absent:
         print(f"Not measured, since the server does not hold them and there is no --admin-key: {', '.join(absent)}.")
     seconds = 0.0
@@ -49,6 +53,33 @@ async def print_plan(
         seconds += spent
         print(f"{name:<22}{count:>10,}{spent:>10.0f}")
     print(f"About {seconds / 60:.0f} minutes at the pace of a probe of {PROBE} requests of each on {held[0].variant}.")
+
+
+async def room(client: OctavoClient) -> tuple[int, int]:
+    """Bytes that the server keeps for variants to come, and those of bf16's own matrices."""
+    try:
+        answer = await client.variants()
+        own = next(int(card["own_bytes"]) for card in answer["data"] if card["name"] == BASELINE)
+        return int(answer["headroom_bytes"]), own
+    except NotFound:
+        raise EvalError("the server has no /v1/variants: leave --admin-key out") from None
+    except (StopIteration, KeyError, TypeError, ValueError):
+        raise EvalError(f"the server's /v1/variants does not tell its room and the bytes of {BASELINE}") from None
+
+
+def groups(headroom: int, own: int, names: Sequence[str]) -> list[list[str]]:
+    """Which variants are in memory together as they are loaded in turn, where each takes at most what its kind can: a
+    fake one bf16's `own` bytes, any other half of that and a scale of four bytes for each 64 inputs."""
+    found: list[list[str]] = []
+    here: list[tuple[str, float]] = []
+    for name in names:
+        size = own * (1.0 if "-fake" in name else 0.5 + 4 / 64 / 2)
+        if here and sum(s for _, s in here) + size > headroom:
+            found.append([n for n, _ in here])
+            while here and sum(s for _, s in here) + size > headroom:
+                here.pop(0)
+        here.append((name, size))
+    return [*found, [n for n, _ in here]] if here else found
 
 
 async def pace(client: OctavoClient, variant: Served, task: Task, items: Sequence[tuple[str, object]]) -> float:

@@ -109,7 +109,10 @@ def _costs(findings: Findings) -> list[Block]:
     for variant in findings.variants:
         size, phases = sizes.get(variant), findings.figure(variant, "throughput", "phases")
         share = f"{100 * size / sizes[BASELINE]:.0f}" if size is not None and BASELINE in sizes else ""
-        rates = [f"{phases[key]:,.0f}" for key in ("prefill_tok_s", "decode_tok_s")] if phases else ["", ""]
+        rates = ["", "", ""]
+        if phases:
+            rates = [f"{phases['prefill_tok_s']:,.0f}", f"{phases['decode_tok_s']:,.0f}"]
+            rates.append(f"{phases['low']:,.0f} to {phases['high']:,.0f}")
         rows.append([variant, "" if size is None else megabytes(size), share, *rates])
     blocks: list[Block] = [Heading("Accuracy against cost")]
 
@@ -124,7 +127,7 @@ def _costs(findings: Findings) -> list[Block]:
     ):
         if points(xs):
             blocks.append(Chart(title, label, "right, %", right, points(xs)))
-    columns = ["variant", "weights", f"of {BASELINE}'s, %", "prefill, tokens/s", "decode, tokens/s"]
+    columns = ["variant", "weights", f"of {BASELINE}'s, %", "prefill, tokens/s", "decode, tokens/s", "by round"]
     return [*blocks, Table(columns, rows)] if sizes or speeds else []
 
 

@@ -160,7 +160,8 @@ async def measure(args: argparse.Namespace) -> list[Comparison]:
     suite = args.command == "suite"
     bench = load_bench(args.bench) if suite else Bench()
     preset, can_load = PRESETS[args.preset] if suite else (), bool(args.admin_key)
-    async with OctavoClient(args.url, args.api_key, admin_key=args.admin_key, concurrency=args.concurrency) as client:
+    keys = {"api_key": args.api_key or args.admin_key, "admin_key": args.admin_key}  # an admin key opens all
+    async with OctavoClient(args.url, **keys, concurrency=args.concurrency) as client:
         held = await served(client)
         wanted = pick(held, args.variants, preset, can_load)
         tasks = tasks_of(args, held)

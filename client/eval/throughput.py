@@ -51,7 +51,7 @@ class Throughput:
 
     async def asker(self, client: OctavoClient, model: str) -> Callable[[None], Awaitable[JSON]]:
         """The function that puts the load on `model` and gives its rounds. Raises BadAnswer for counters that do not
-        grow as the load does."""
+        grow as the load does, and EvalError where they do without taking time."""
         vocabulary = await vocabulary_size(client)
         rng = random.Random(0)
 
@@ -77,6 +77,11 @@ class Throughput:
                 after = await self._grown(client, model, before)
                 rounds.append([b - a for a, b in zip(before, after, strict=True)])
                 before = after
+            if not all(seconds > 0 for r in rounds[1:] for seconds in (r[1], r[3])):
+                raise EvalError(
+                    "the throughput load was too small to time beside what else the server did: repeat it on a server "
+                    "that does nothing else, or give a larger --load"
+                )
             return {"rounds": rounds[1:]}
 
         return row

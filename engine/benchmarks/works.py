@@ -126,7 +126,7 @@ class Bench:
         for full in LINEAR_ROWS:
             rows = max(full // self.scale, 1) if full > 256 else full
             work = _linears(model, rows, runner.dtype)
-            call = _captured(work) if device.type == "cuda" else work
+            call = captured(work) if device.type == "cuda" else work
             ms = time_of(call, device) * 1e3
             self.llm.engine.note_compiles(before_ready=True)  # no request asked for these
             yield Figure(f"linears, {rows} rows", "ms", ms, self.limits.seconds(self.limits.linears, rows) * 1e3, [ms])
@@ -161,7 +161,7 @@ def _linears(model: Qwen, rows: int, dtype: torch.dtype) -> Callable[[], None]:
     return run
 
 
-def _captured(work: Callable[[], None]) -> Callable[[], None]:
+def captured(work: Callable[[], None]) -> Callable[[], None]:
     """The same in a CUDA graph."""
     for _ in range(2):
         work()

@@ -87,12 +87,13 @@ class KVCache:
 @dataclass(frozen=True)
 class Codes:
     """What a product wants its activations in: `dtype`, int8 or float8_e4m3fn, as `quantize_tokens` gives them, or, of
-    two digits, as `split_tokens` does.
+    two digits, as `split_tokens` does. pre_scale: of `quantize_tokens`.
     """
 
     dtype: torch.dtype
     group_size: int = 0
     digits: int = 1
+    pre_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _quantised(x: Tensor, codes: Codes | None) -> Tensor | Quantised:
         return x
     if codes.digits == 2:
         return Quantised(*reference.split_tokens(x, codes.dtype), x.dtype)
-    return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size), x.dtype)
+    return Quantised(*reference.quantize_tokens(x, codes.dtype, codes.group_size, codes.pre_scale), x.dtype)
 
 
 def rope_and_store(
@@ -319,15 +320,18 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
     return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
 
 
-def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_tokens(
+    x: Tensor, dtype: torch.dtype, group_size: int = 0, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x[M, K] -> its codes [M, K] in `dtype` (int8 or float8_e4m3fn), scale[M, G] fp32, each of group_size inputs (0:
-    of all, G = 1). The numbers are `quant.quantize`'s, with a token as a row.
+    of all, G = 1). The numbers are `quant.quantize`'s, with a token as a row. pre_scale: [K] fp32, what x is multiplied
+    by first; the product is not rounded, so that it is quantised as fp32 is.
     """
     if x.is_cuda:
         from engine.kernels import convert
 
-        return convert.quantize_tokens(x, dtype, group_size)
-    return reference.quantize_tokens(x, dtype, group_size)
+        return convert.quantize_tokens(x, dtype, group_size, pre_scale)
+    return reference.quantize_tokens(x, dtype, group_size, pre_scale)
 
 
 def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -113,9 +113,11 @@ def split_tokens_kernel(x, qdata, scales, K, PARTS: tl.constexpr, SPAN: tl.const
 @triton.jit
 def quantize_tokens_kernel(
     x,
+    pre_scale,
     qdata,
     scales,
     K,
+    SMOOTH: tl.constexpr,
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -128,6 +130,8 @@ def quantize_tokens_kernel(
         gdc_launch_dependents()
         gdc_wait()
     raw = tl.load(x + row * K + k, mask=k < K, other=0.0)
+    if SMOOTH:
+        raw = raw.to(tl.float32) * tl.load(pre_scale + k, mask=k < K, other=0.0)
     code, scale = quantize_values(raw, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
     tl.store(qdata + row * K + k, code, mask=k < K)
     tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
@@ -162,7 +166,9 @@ def codes(w: Tensor) -> Tensor:
     return w.view(torch.uint8) if bits else w
 
 
-def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
+def quantize_tokens(
+    x: Tensor, dtype: torch.dtype, group_size: int = 0, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     assert x.dim() == 2 and x.is_contiguous()
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
     rows, depth = x.shape
@@ -171,9 +177,11 @@ def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple
         parts, span, warps = cut(depth, group_size)
         quantize_tokens_kernel[(rows,)](
             x,
+            x if pre_scale is None else pre_scale,
             qdata,
             scale,
             depth,
+            SMOOTH=smooths(pre_scale, depth),
             PARTS=parts,
             SPAN=span,
             GROUPS=scale.shape[1],
@@ -202,6 +210,12 @@ def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             **chip.dependent_launch(x.device),
         )
     return qdata, scale
+
+
+def smooths(pre_scale: Tensor | None, depth: int) -> bool:
+    """Whether there is a pre_scale[depth] fp32 to multiply tokens with before they are quantised."""
+    assert pre_scale is None or (pre_scale.shape == (depth,) and pre_scale.dtype == torch.float32)
+    return pre_scale is not None
 
 
 def cut(depth: int, group_size: int) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import Codes, Quantised, chip
-from engine.kernels.convert import cut, empty_codes, quantize_values, split_values
+from engine.kernels.convert import cut, empty_codes, quantize_values, smooths, split_values
 from engine.kernels.fused import check_rows
 
 
@@ -51,12 +51,14 @@ def norm_quantize_kernel(
     x,
     residual,
     weight,
+    pre_scale,
     qdata,
     scales,
     total,
     eps,
     H: tl.constexpr,
     ADD: tl.constexpr,
+    SMOOTH: tl.constexpr,
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -79,15 +81,19 @@ def norm_quantize_kernel(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(tl.sum(value * value, axis=1), axis=0) / H + eps)
     normed = (gain * (value * scale).to(dtype).to(tl.float32)).to(dtype)
+    if SMOOTH:
+        normed = normed.to(tl.float32) * tl.load(pre_scale + k, mask=mask, other=0.0)
     _store_codes(normed, qdata, scales, row, k, H, PARTS, SPAN, GROUPS, DIGITS)
 
 
 @triton.jit
 def silu_mul_quantize_kernel(
     gate_up,
+    pre_scale,
     qdata,
     scales,
     I: tl.constexpr,  # noqa: E741 (the legend's letter)
+    SMOOTH: tl.constexpr,
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -104,7 +110,10 @@ def silu_mul_quantize_kernel(
     up = tl.load(gate_up + row * 2 * I + I + k, mask=mask, other=0.0).to(tl.float32)
     dtype = gate_up.dtype.element_ty
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    _store_codes((silu * up).to(dtype), qdata, scales, row, k, I, PARTS, SPAN, GROUPS, DIGITS)
+    product = (silu * up).to(dtype)
+    if SMOOTH:
+        product = product.to(tl.float32) * tl.load(pre_scale + k, mask=mask, other=0.0)
+    _store_codes(product, qdata, scales, row, k, I, PARTS, SPAN, GROUPS, DIGITS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes) -> Quantised:
@@ -129,9 +138,11 @@ def silu_mul(gate_up: Tensor, codes: Codes) -> Quantised:
         parts, span, warps = cut(width // 2, codes.group_size)
         silu_mul_quantize_kernel[(num_tokens,)](
             gate_up,
+            gate_up if codes.pre_scale is None else codes.pre_scale,
             qdata,
             scale,
             I=width // 2,
+            SMOOTH=smooths(codes.pre_scale, width // 2),
             PARTS=parts,
             SPAN=span,
             GROUPS=scale.shape[1],
@@ -155,12 +166,14 @@ def _norm(
             x,
             residual,
             weight,
+            weight if codes.pre_scale is None else codes.pre_scale,
             qdata,
             scale,
             total,
             eps,
             H=width,
             ADD=add,
+            SMOOTH=smooths(codes.pre_scale, width),
             PARTS=parts,
             SPAN=span,
             GROUPS=scale.shape[1],

@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels import chip
+from engine.kernels import chip, tuned
 from engine.kernels.convert import codes, widen
 
 # Weights of a program's tile, warps and, where it walks several tiles, programs of one multiprocessor (0: one tile
-# a program), by bytes of a weight. On an H200 the best or within 3 % of it for each matrix of Qwen3-1.7B.
-TILES = {2: (4096, 4, 6), 4: (4096, 4, 6), 1: (8192, 8, 0)}
+# a program), by bytes of a weight: near the best for the chain of Qwen3-1.7B's matrices on an H200.
+TILES = {2: (4096, 4, 4), 4: (4096, 4, 4), 1: (4096, 4, 0)}
 
 
 @triton.jit
@@ -97,11 +97,13 @@ def gemv_kernel(
     r = tl.arange(0, BLOCK_N)
     first = r % OUTPUTS + r // OUTPUTS * N  # rows of tile 0
     tile = tl.program_id(0)
-    row = first + tile * OUTPUTS
+    # The addresses of a tile are those of tile 0 and one number: Triton would exchange advancing ones between threads.
+    ADVANCE: tl.constexpr = OUTPUTS * K if WALK else 0
+    row = first
     if not WALK:  # past the end of N the last row is read again, and not stored
         row = tl.minimum(tile * OUTPUTS + r % OUTPUTS, N - 1) + r // OUTPUTS * N
     w_tile = w + row.to(tl.int64)[:, None, None] * K + k[None, :, :]
-    following = _load(w_tile, k, True, K, BLOCK_K)
+    following = _load(w_tile + tile.to(tl.int64) * ADVANCE, k, True, K, BLOCK_K)
     if PDL:
         gdc_wait()
     value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
@@ -109,8 +111,7 @@ def gemv_kernel(
         step, num_tiles = tl.num_programs(0), N // OUTPUTS
         while tile < num_tiles:
             stored = following
-            w_tile += step.to(tl.int64) * (OUTPUTS * K)
-            following = _load(w_tile, k, tile + step < num_tiles, K, BLOCK_K)
+            following = _load(w_tile + (tile + step).to(tl.int64) * ADVANCE, k, tile + step < num_tiles, K, BLOCK_K)
             row = first + tile * OUTPUTS
             _finish(
                 stored, value, row, tile, w_scale, bias, out, N, num_groups, SCALED, GROUP, BIAS, GATED, OUTPUTS,
@@ -137,7 +138,8 @@ def gemv(
     """
     width, depth = w.shape
     assert x.shape == (1, depth) and x.is_contiguous() and w.is_contiguous()
-    size, num_warps, programs = TILES[w.itemsize]
+    found = tuned.choices(x.device).get(tuned.gemv_key(w.itemsize, width, depth))
+    size, num_warps, programs = found or TILES[w.itemsize]
     block_k = triton.next_power_of_2(depth)
     outputs = max(size // block_k, 1)
     if gated:

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels import chip
+from engine.kernels import chip, tuned
 from engine.kernels.convert import LOW_FP8, LOW_INT8, codes, dequantize, split_tokens, widen
 from engine.kernels.gemv import gemv
 
@@ -42,6 +42,7 @@ _MAX_TILES = 4096  # that can be split: at most one for each SM are
 
 # The kinds of product: both in one wide type, 8-bit weights; from W8A8 on both in 8 bits: one digit, two digits.
 PLAIN, WEIGHT_ONLY, W8A8, DIGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_KINDS = ("plain", "weight_only", "w8a8", "digits")  # as tuned tables call them
 
 
 @dataclass(frozen=True)
@@ -356,10 +357,16 @@ def multiply(
     if rows == 0:
         return out
     num_sms = chip.num_sms(x.device)
+    found = tuned.choices(x.device).get(tuned.product_key(_KINDS[kind], w.dtype, rows, width, depth))
+    if found and tile is None:
+        block_m, block_n, block_k, num_warps, num_stages, left, splits = found
+        tile = Tile(block_m, block_n, block_k, num_warps, num_stages, bool(left))
+        num_splits = num_splits or splits
     tile = tile or choose_tile(tiles_for(x.device, kind, x.dtype), rows, width, num_sms)
     block_k = min(tile.block_k, group_size or tile.block_k)
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     num_splits = num_splits or choose_splits(num_tiles, depth, num_sms)
+    assert num_splits == 1 or num_tiles <= _MAX_TILES
     parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 else 0
     matmul_kernel[(num_tiles, num_splits)](
         x,

@@ -236,8 +236,11 @@ def weight_only_matmul(
     return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
 
 
-def quantize_tokens(x: Tensor, dtype: torch.dtype, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    return quantize(x, dtype, f"g{group_size}" if group_size else "row")
+def quantize_tokens(
+    x: Tensor, dtype: torch.dtype, group_size: int = 0, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    smooth = x if pre_scale is None else x * pre_scale  # in fp32, as pre_scale is
+    return quantize(smooth, dtype, f"g{group_size}" if group_size else "row")
 
 
 def split_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

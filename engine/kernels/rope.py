@@ -47,6 +47,7 @@ def rope_and_store_kernel(
     D: tl.constexpr,
     NORM: tl.constexpr,
     KIND: tl.constexpr,
+    FAST: tl.constexpr,
     SMALLEST: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
@@ -84,26 +85,50 @@ def rope_and_store_kernel(
     q_out = q + token * (HQ * D) + head * D + d
     tl.store(q_out, rotated_1, mask=is_q & exists)
     tl.store(q_out + HALF, rotated_2, mask=is_q & exists)
-    block, offset = (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
-    is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
-    is_v = is_v & (slot >= 0)
-    if KIND != "":
-        LARGEST: tl.constexpr = 448.0 if KIND == "fp8" else 127.0
-        wide_1, wide_2 = rotated_1.to(tl.float32), rotated_2.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(wide_1), axis=1), tl.max(tl.abs(wide_2), axis=1))[:, None]  # [ROWS, 1]
-        kv_scale = tl.div_rn(tl.maximum(largest, SMALLEST), tl.full(largest.shape, LARGEST, tl.float32))
-        rotated_1 = encode(tl.div_rn(wide_1, kv_scale.broadcast_to(wide_1.shape)), KIND)
-        rotated_2 = encode(tl.div_rn(wide_2, kv_scale.broadcast_to(wide_2.shape)), KIND)
-        scale_place = block * (HKV * BLOCK_SIZE) + offset
-        tl.store(k_scale + scale_place + (head - HQ) * BLOCK_SIZE, kv_scale, mask=is_k)
-        tl.store(v_scale + scale_place + (head - HQ - HKV) * BLOCK_SIZE, kv_scale, mask=is_v)
-    place = block * block_stride + offset * (HKV * D) + d
-    k_out = k_cache + place + (head - HQ) * D
-    tl.store(k_out, rotated_1, mask=is_k)
-    tl.store(k_out + HALF, rotated_2, mask=is_k)
-    v_out = v_cache + place + (head - HQ - HKV) * D
-    tl.store(v_out, rotated_1, mask=is_v)
-    tl.store(v_out + HALF, rotated_2, mask=is_v)
+    first_head = (tl.program_id(0) * ROWS) % HEADS
+    if first_head + ROWS > HQ:  # not queries alone
+        block, offset = (slot // BLOCK_SIZE).to(tl.int64), slot % BLOCK_SIZE
+        is_k = (head >= HQ) & (head < HQ + HKV) & (slot >= 0)
+        is_v = is_v & (slot >= 0)
+        if KIND != "":
+            stored_1, stored_2, kv_scale = _quantize(rotated_1, rotated_2, KIND, FAST, SMALLEST)
+            scale_place = block * (HKV * BLOCK_SIZE) + offset
+            tl.store(k_scale + scale_place + (head - HQ) * BLOCK_SIZE, kv_scale, mask=is_k)
+            tl.store(v_scale + scale_place + (head - HQ - HKV) * BLOCK_SIZE, kv_scale, mask=is_v)
+        else:
+            stored_1, stored_2 = rotated_1, rotated_2
+        place = block * block_stride + offset * (HKV * D) + d
+        k_out = k_cache + place + (head - HQ) * D
+        tl.store(k_out, stored_1, mask=is_k)
+        tl.store(k_out + HALF, stored_2, mask=is_k)
+        v_out = v_cache + place + (head - HQ - HKV) * D
+        tl.store(v_out, stored_1, mask=is_v)
+        tl.store(v_out + HALF, stored_2, mask=is_v)
+
+
+@triton.jit
+def _quantize(first, second, KIND: tl.constexpr, FAST: tl.constexpr, SMALLEST: tl.constexpr):
+    """Both halves [ROWS, D/2] of each row as codes, and the scale [ROWS, 1]."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))[:, None]
+    limit = tl.full(largest.shape, 448.0 if KIND == "fp8" else 127.0, tl.float32)
+    scale = tl.div_rn(tl.maximum(largest, SMALLEST), limit)
+    return encode(_divide(first, scale, FAST), KIND), encode(_divide(second, scale, FAST), KIND), scale
+
+
+@triton.jit
+def _divide(value, divisor, FAST: tl.constexpr):
+    """value[ROWS, D/2] / divisor[ROWS, 1], rounded as division is.
+
+    FAST: by one reciprocal a row and a correction (Markstein, 1990, theorem 8.4). The interpreter has no fused product
+    and sum.
+    """
+    wide = divisor.broadcast_to(value.shape)
+    if not FAST:
+        return tl.div_rn(value, wide)
+    inverse = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor).broadcast_to(value.shape)
+    quotient = value * inverse
+    return tl.fma(tl.fma(-quotient, wide, value), inverse, quotient)
 
 
 def rope_and_store(
@@ -153,6 +178,7 @@ def rope_and_store(
             D=head_dim,
             NORM=q_norm is not None,
             KIND=kind,
+            FAST=not triton.knobs.runtime.interpret,
             SMALLEST=SMALLEST_KV,
             ROWS=rows,
             num_warps=warps,

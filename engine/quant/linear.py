@@ -78,7 +78,7 @@ class WeightOnlyLinear:
 class W8A8Linear:
     """As WeightOnlyLinear, but each token is quantised to the weight's dtype first, with a scale of its own (one of
     each group_size inputs), and the product is of 8-bit numbers. pre_scale: [K] float32, what tokens are multiplied by
-    (in fp32, and so quantised from fp32) before they are quantised, or None.
+    before they are quantised (`kernels.quantize_tokens`), or None.
     """
 
     qdata: Tensor
@@ -87,15 +87,14 @@ class W8A8Linear:
     group_size: int = 0
     pre_scale: Tensor | None = None
 
-    def takes(self, like: Tensor) -> Codes | None:
+    def takes(self, like: Tensor) -> Codes:
         """What spares the product a launch: activations quantised by the operation before it."""
-        return None if self.pre_scale is not None else Codes(self.qdata.dtype, self.group_size)
+        return Codes(self.qdata.dtype, self.group_size, pre_scale=self.pre_scale)
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""
         if isinstance(x, Tensor):
-            tokens = x if self.pre_scale is None else x * self.pre_scale
-            x = Quantised(*kernels.quantize_tokens(tokens, self.qdata.dtype, self.group_size), x.dtype)
+            x = Quantised(*kernels.quantize_tokens(x, self.qdata.dtype, self.group_size, self.pre_scale), x.dtype)
         return kernels.w8a8_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:

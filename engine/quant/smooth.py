@@ -10,7 +10,7 @@ one product here, so they share a factor, as do gate and up: the largest |w_j| i
 
 The factors are not folded into the norm before a product, where there is one: norms are shared by all variants, and a
 norm that absorbs a factor is rounded to 16 bits again, so that the numbers would no longer be the definition's.
-`W8A8Linear` holds 1 / s instead.
+`W8A8Linear` holds 1 / s instead, and whatever quantises its tokens multiplies by it in passing.
 
 Factors are kept on disk, in a safetensors file that is named by all that they depend on.
 """

@@ -183,13 +183,13 @@ def wait_for(condition: Any, seconds: float) -> None:
 @needs_prometheus
 def test_every_expression_returns_data_under_load(server: str, prometheus: str):
     argv = [sys.executable, "-m", "loadtest.measure", server, "--mix", "bf16=1,int8-row=1", "--concurrency", "6"]
-    argv += ["--duration", "14", "--prefix-tokens", "64", "--input-tokens", "20-60", "--output-tokens", "40", "--json"]
+    argv += ["--duration", "10", "--prefix-tokens", "64", "--input-tokens", "20-60", "--output-tokens", "40", "--json"]
     load = subprocess.Popen(
         argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     try:
         wait_for(lambda: query(prometheus, "sum(increase(vllm:generation_tokens_total[8s])) > 200"), 60)
-        time.sleep(5)  # more scrapes, for the rates of rates
+        time.sleep(3)  # more scrapes, for the rates of rates
         expressions = [e.replace("$__rate_interval", "10s") for e in board_expressions()]
         # a rule's expression without its threshold, which a healthy server does not pass
         expressions += [

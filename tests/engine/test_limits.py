@@ -11,8 +11,10 @@ import torch
 
 from engine import bench
 from engine.benchmarks.limits import Limits, Product
+from engine.benchmarks.tune import matrices
 from engine.benchmarks.twins import compare
 from engine.benchmarks.works import longest, most_sequences, parse_works
+from engine.config import load_model_config
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
 SHAPES = [(2048, 4096), (2048, 2048), (2048, 12288), (6144, 2048)] * 28  # Qwen3-1.7B
@@ -96,3 +98,12 @@ def test_a_comparison_knows_wrong_numbers() -> None:
     one_row_missing[7] = 0
     for wrong in (one_row_missing, right * 1.02, right.roll(1), right * torch.nan):
         assert not compare("", wrong, right, torch.bfloat16).passed
+
+
+def test_tuning_needs_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="GPU"):
+        bench.main(["tune", str(POCKET), "--device", "cpu"])
+
+
+def test_tuning_covers_every_matrix_of_a_model() -> None:
+    assert matrices(load_model_config(POCKET)) == [(2048, 512), (512, 1024), (1024, 512), (512, 512), (4096, 512)]

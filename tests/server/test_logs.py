@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def serve_and_log(tmp_path: Path, *options: str) -> tuple[list[str], str]:
             client.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"}).raise_for_status()
             client.post("/v1/completions", json=body | {"stream": True}, headers={"x-request-id": "mine-2"})
             assert client.post("/v1/chat/completions", json={"model": "x"}).status_code == 400
+            with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+                connection.sendall(b"BROKEN\r\n\r\n")  # is counted, not logged
+                assert connection.recv(99).startswith(b"HTTP/1.1 400 ")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -69,7 +73,7 @@ def test_text_is_the_default_and_quiet(tmp_path: Path):
     lines, out = serve_and_log(tmp_path)
     assert out.startswith("READY ") and "curl" in out
     assert any("settings: model=models/pocket" in line for line in lines)
-    assert not any("mine-1" in line for line in lines)
+    assert not any("mine-1" in line or "Invalid HTTP" in line for line in lines)
     assert "sekret" not in out + "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import pytest
 from client import api
 from client.eval import results
 from client.eval.loading import KEPT
+from client.eval.plan import groups
 from client.eval.run import main
 from tests.client.conftest import Reply, Stub
 from tests.client.eval.test_data import write_jsonl
@@ -96,13 +97,8 @@ def test_a_killed_run_knows_what_it_loaded(stub: Stub, tmp_path: Path) -> None:
     assert room.log == ["drop fp8-row", "load int8-row", "drop int8-row"]
 
 
-def test_what_cannot_be_had_is_named(stub: Stub, tmp_path: Path) -> None:
-    """No room for anything, or no such variant: the report says so, and the others are measured."""
-    room = Room(stub)
-    room.most = 2
-    options = ["--preset", "study", "--admin-key", "boss", "--limit", "4", "--wikitext-file", str(tmp_path / "t.txt")]
-    (tmp_path / "t.txt").write_text("a few words\n")
-    _, *suite = words(stub, tmp_path, *options)
+def scripted_suite(stub: Stub) -> Any:
+    """What the suite asks beside the direct method."""
     stub_answer = stub.answer
 
     def answer(method: str, path: str, body: Any) -> Reply:
@@ -111,16 +107,57 @@ def test_what_cannot_be_had_is_named(stub: Stub, tmp_path: Path) -> None:
             return Reply({"choices": [{"prompt_logprobs": [{"logprob": -1.0, "token_id": i} for i in ids]}]})
         if path == "/v1/completions" and "stop" in body:
             return Reply({"choices": [{"text": " A"}]})
+        if (method, path) == ("GET", "/v1/variants"):
+            return Reply({"data": [{"name": "bf16", "own_bytes": 10}], "headroom_bytes": 10})
         if path == "/metrics":
             return Reply({})
         if path == "/tokenize" and len(body["prompt"]) != 2:
             return Reply({"tokens": [1] if body["prompt"].startswith("<|") else [1, 2, 3, 4]})
         return stub_answer(method, path, body)
 
-    stub.answer = answer
+    return answer
+
+
+def test_what_cannot_be_had_is_named(stub: Stub, tmp_path: Path) -> None:
+    """No room for anything, or no such variant: the report says so, and the others are measured."""
+    room = Room(stub)
+    room.most = 2
+    options = ["--preset", "study", "--admin-key", "boss", "--limit", "4", "--wikitext-file", str(tmp_path / "t.txt")]
+    (tmp_path / "t.txt").write_text("a few words\n")
+    _, *suite = words(stub, tmp_path, *options)
+    stub.answer = scripted_suite(stub)
     assert main(["suite", *suite]) == 0
     report = (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
     missing = report.partition("## Not measured")[2].partition("##")[0]
     assert "- int8-row, fp8-row: fp8-row needs 10 bytes, 4 are free" in missing
     assert "int8-g64 is no variant" in missing and "- throughput: the server's /metrics does not count" in missing
     assert "| Per row | not measured |" in report and room.held == ["q", "bf16"]
+
+
+def test_what_is_loaded_together() -> None:
+    """Upper bounds: 53 bytes for 8 bits, 100 for a fake one; the oldest go first."""
+    names = ["int8-row", "fp8-row", "w8a8-int8-row", "int8-row-fake", "fp8-row-fake"]
+    assert groups(170, 100, names) == [
+        ["int8-row", "fp8-row", "w8a8-int8-row"],
+        ["w8a8-int8-row", "int8-row-fake"],
+        ["fp8-row-fake"],
+    ]
+    assert groups(10, 100, names[:2]) == [["int8-row"], ["fp8-row"]]  # the server will say that there is no room
+    assert groups(170, 100, []) == []
+
+
+def test_a_dry_run_loads_nothing(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    room = Room(stub)
+    (tmp_path / "t.txt").write_text("a few words\n")
+    _, *suite = words(
+        stub, tmp_path, "--preset", "study", "--admin-key", "boss", "--wikitext-file", str(tmp_path / "t.txt")
+    )
+    stub.answer = scripted_suite(stub)
+    assert main(["suite", *suite, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Held by the server: bf16, q." and lines[1].startswith(
+        "To be loaded, in this order: int8-tensor,"
+    )
+    assert lines[2] == "  together: int8-tensor" and lines[-1].startswith("About 0 minutes")
+    assert any(line.split()[:2] == ["mmlu-direct", str(8 * 30)] for line in lines)
+    assert room.log == [] and not (tmp_path / "r").exists()

@@ -126,6 +126,11 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
                     continue  # no such format
                 fused_quantize.add_rms_norm(x, x, x[0], 1e-6, codes)
                 fused_quantize.silu_mul(x, codes)
+            if group == 0:
+                factors = torch.zeros(2048)
+                convert.quantize_tokens(x, stored, 0, factors)
+                fused_quantize.add_rms_norm(x, x, x[0], 1e-6, Codes(stored, pre_scale=factors))
+                fused_quantize.silu_mul(x, Codes(stored, pre_scale=factors[:1024]))
             # The types differ in the instruction: each tile is compiled for one of them, the largest for all.
             if group == 0 or stored != torch.int8:
                 tokens = convert.quantize_tokens(x, stored, group)

@@ -6,11 +6,13 @@ The twins are `reference.py`'s; outputs are NaN until they are written.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
-from engine.kernels import Codes, convert, fused_quantize, gemv, matmul, reference
+from engine.benchmarks import tune
+from engine.kernels import Codes, convert, fused_quantize, gemv, matmul, reference, tuned
 from engine.quant.quantize import dequantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
@@ -147,29 +149,36 @@ def test_tokens_are_quantised_as_the_definition_says(stored, group, dtype):
     x[1] = 0.0
     x[2, 5] = 300.0
     x[3] = torch.arange(300) / 2 - 64
-    qdata, scale = convert.quantize_tokens(x, stored, group)
-    expected, expected_scale = reference.quantize_tokens(x, stored, group)
-    assert torch.equal(scale, expected_scale)
-    same = qdata.float() == expected.float()
-    # The interpreter's conversion to fp8 loses the carry where rounding reaches the next power of two; a GPU does not.
-    assert same.all() if stored == torch.int8 else same.float().mean() > 0.95
+    for pre_scale in (None, torch.rand(300) * 3):
+        qdata, scale = convert.quantize_tokens(x, stored, group, pre_scale)
+        expected, expected_scale = reference.quantize_tokens(x, stored, group, pre_scale)
+        assert torch.equal(scale, expected_scale)
+        same = qdata.float() == expected.float()
+        # The interpreter's conversion to fp8 loses the carry where rounding reaches the next power of two; a GPU's does
+        # not.
+        assert same.all() if stored == torch.int8 else same.float().mean() > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("group", [0, 128])
-def test_norms_and_silu_quantise_as_the_twins_one_after_the_other(group, dtype):
+@pytest.mark.parametrize(("group", "smooth"), [(0, False), (128, False), (0, True)])
+def test_norms_and_silu_quantise_as_the_twins_one_after_the_other(group, smooth, dtype):
     """Small integers: the norm's sum of squares is exact in any order."""
     x, residual = (torch.randint(-9, 10, (3, 300)).to(dtype) for _ in range(2))
-    weight, codes = torch.rand(300).to(dtype), Codes(torch.int8, group)
+    weight, codes = (
+        torch.rand(300).to(dtype),
+        Codes(torch.int8, group, pre_scale=torch.rand(300) * 3 if smooth else None),
+    )
+    half = replace(codes, pre_scale=None if codes.pre_scale is None else codes.pre_scale[:150].clone())
     total = x + residual
     cases = [
         (fused_quantize.rms_norm(x, weight, 1e-6, codes), reference.rms_norm(x, weight, 1e-6)),
-        (fused_quantize.silu_mul(x / 4, codes), reference.silu_mul(x / 4)),
+        (fused_quantize.silu_mul(x / 4, half), reference.silu_mul(x / 4)),
     ]
     normed, got_total = fused_quantize.add_rms_norm(x, residual, weight, 1e-6, codes)
     assert torch.equal(got_total, total)
     for got, expected in (*cases, (normed, reference.rms_norm(total, weight, 1e-6))):
-        qdata, scale = reference.quantize_tokens(expected, torch.int8, group)
+        pre_scale = (codes if expected.shape[1] == 300 else half).pre_scale
+        qdata, scale = reference.quantize_tokens(expected, torch.int8, group, pre_scale)
         torch.testing.assert_close(got.scale, scale, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=0)
         assert (got.qdata.int() - qdata.int()).abs().max() <= 1  # the exponential and the root differ in their last bit
         assert (got.qdata == qdata).float().mean() > 0.98
@@ -185,3 +194,29 @@ def test_dequantize(group):
     qdata, scale = stored_weight(3, 2100, group, torch.int8)
     got = convert.dequantize(qdata, scale, group, torch.float32)
     assert torch.equal(got, dequantize(qdata, scale, group, torch.float32))
+
+
+def test_tuning_runs_every_choice_and_keeps_the_fastest(monkeypatch):
+    """By a clock that says so: what is found are entries of a table, tried in the table that the kernels read."""
+    monkeypatch.setattr(tune, "GEMV_TILES", [(128, 4, 0), (256, 4, 4)])
+    monkeypatch.setattr(tune, "STREAMED", 1)
+    monkeypatch.setattr(tuned, "ROWS", (16,))
+    table = tuned.choices(torch.device("cpu"))
+    tried = []
+
+    def clock(product, weights):
+        product(weights[0])
+        tried.append(dict(table))
+        return 1.0 if (256, 4, 4) in table.values() or (32, 64, 256, 4, 3, 1, 1) in table.values() else 2.0
+
+    found = dict(tune.tune([(48, 64)], ["gemv", "w8a8", "digits"], torch.device("cpu"), clock))
+    gemv_best, product_best = (256, 4, 4), (32, 64, 256, 4, 3, 1, 1)
+    assert found == {
+        "gemv/2/48x64": gemv_best,
+        "gemv/1/48x64": gemv_best,
+        "w8a8/int8/16/48x64": product_best,
+        "digits/int8/16/48x64": product_best,
+    }
+    assert {} in tried and all(len(t) <= 1 for t in tried) and table == {}
+    assert all(tuned.valid(key, list(choice)) for t in tried for key, choice in t.items())
+    assert [b for _, b in tune.tune([(48, 64)], ["gemv"], torch.device("cpu"), lambda *_: 1.0)] == [None, None]

@@ -1,0 +1,110 @@
+"""Tiles and splits found by measuring on one kind of GPU (`octavo-bench tune`), by shape of product.
+
+A table is a JSON file named for the GPU, in `tuned/` beside this file, or the one that the variable OCTAVO_TUNED names:
+
+    {"gpu": "NVIDIA H200", "found": "2026-11-23, torch 2.11, triton 3.6", "choices": {
+        "gemv/1/4096x2048": [8192, 8, 0],
+        "w8a8/int8/64/4096x2048": [64, 64, 256, 4, 5, 0, 1]}}
+
+One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
+so many, and the fields of `matmul.Tile` and the splits. What a table lacks is chosen by the rules in `gemv.py` and
+`matmul.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from engine.config import ModelError
+from engine.kernels import chip
+
+VARIABLE = "OCTAVO_TUNED"
+FOLDER = Path(__file__).parent / "tuned"
+ROWS = (16, 32, 64, 128, 256)  # products of up to so many rows are tuned together
+
+Choices = dict[str, tuple[int, ...]]
+
+log = logging.getLogger("octavo.engine")
+_KEY = re.compile(r"(gemv/[124]|(plain|w8a8|digits)/[a-z0-9_]+/(16|32|64|128|256))/[1-9]\d*x[1-9]\d*")
+_POWERS = {1 << i for i in range(17)}
+
+
+def gemv_key(itemsize: int, width: int, depth: int) -> str:
+    return f"gemv/{itemsize}/{width}x{depth}"
+
+
+def product_key(kind: str, dtype: torch.dtype, rows: int, width: int, depth: int) -> str:
+    """dtype: the weights'. rows: of the activations as they are multiplied; more than the last of ROWS: not tuned."""
+    bucket = next((r for r in ROWS if rows <= r), 0)
+    return f"{kind}/{str(dtype).removeprefix('torch.')}/{bucket}/{width}x{depth}"
+
+
+@cache
+def choices(device: torch.device) -> Choices:
+    """The table for this GPU, empty without one. A table that cannot be used is named in the log, and not used."""
+    if device.type != "cuda" or os.environ.get(chip.VARIABLE):
+        return {}
+    given = os.environ.get(VARIABLE)
+    gpu = torch.cuda.get_device_name(device)
+    path = Path(given) if given else table_path(gpu)
+    if not given and not path.exists():
+        return {}
+    try:
+        return read(path, gpu)
+    except ModelError as e:
+        log.warning("%s; kernels are chosen by their rules", e)
+        return {}
+
+
+def table_path(gpu: str) -> Path:
+    return FOLDER / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+def read(path: Path, gpu: str) -> Choices:
+    """The choices of a table for this GPU. Raises ModelError, in one line that names the file and the entry."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"cannot read the tuned table {path}: {e}") from None
+    entries = whole.get("choices") if isinstance(whole, dict) else None
+    if not isinstance(entries, dict):
+        raise ModelError(f"the tuned table {path} has no object `choices`")
+    if whole.get("gpu") != gpu:
+        raise ModelError(f"the tuned table {path} is for {json.dumps(whole.get('gpu'))}, this GPU is {gpu}")
+    for key, numbers in entries.items():
+        if not _KEY.fullmatch(key) or not valid(key, numbers):
+            raise ModelError(f"the tuned table {path} has no valid entry {key}: {json.dumps(numbers)}")
+    return {key: tuple(numbers) for key, numbers in entries.items()}
+
+
+def valid(key: str, numbers: object) -> bool:
+    """Whether this is an entry that `gemv` or `multiply` can be given."""
+    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+        return False
+    if key.startswith("gemv"):
+        return len(numbers) == 3 and {*numbers[:2]} <= _POWERS and numbers[1] <= 32 and 0 <= numbers[2] <= 64
+    if len(numbers) != 7 or not {*numbers[:4]} <= _POWERS:
+        return False
+    blocks, (num_warps, num_stages, left, splits) = numbers[:3], numbers[3:]
+    return (
+        all(16 <= b <= 512 for b in blocks)
+        and num_warps <= 16
+        and 1 <= num_stages <= 8
+        and left in (0, 1)
+        and 1 <= splits <= 32
+    )
+
+
+def write(path: Path, gpu: str, found: str, entries: Choices) -> None:
+    """One line an entry, in order, so that a new table differs from the old one where it differs."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(list(entries[key]))}" for key in sorted(entries))
+    head = f' "gpu": {json.dumps(gpu)},\n "found": {json.dumps(found)},\n "choices": {{\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{{\n{head}{lines}\n }}\n}}\n", encoding="utf-8")
