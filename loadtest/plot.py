@@ -53,6 +53,7 @@ def svg(plot: Plot) -> str:
 def save_png(title: str, plots: Sequence[Plot], path: str, columns: int = 3) -> None:
     """All plots in one picture, row by row. Raises OSError when it cannot be written."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     num_rows = math.ceil(len(plots) / columns)
     figure = Figure(figsize=(5.6 * columns, 3.1 * num_rows + 0.5), dpi=90, layout="constrained")
@@ -75,6 +76,9 @@ def save_png(title: str, plots: Sequence[Plot], path: str, columns: int = 3) -> 
             place.text(0.5, 0.5, NOTHING, ha="center", transform=place.transAxes)
         elif plot.log_x:
             place.set_xscale("log")
+            place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            place.xaxis.set_major_formatter("{x:g}")
+            place.xaxis.set_minor_formatter(NullFormatter())
         place.set_ylim(bottom=0)
         if len(plot.lines) > 1 and drawn:
             place.legend(fontsize=7, loc="upper left")

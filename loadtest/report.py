@@ -133,8 +133,9 @@ def _models_table(runs: list[dict[str, Any]]) -> str:
 
 def _plots(settings: dict[str, Any], runs: list[dict[str, Any]]) -> list[Plot]:
     plots = []
+    runs = sorted(runs, key=lambda r: r["concurrency"] or r["rate"] or 0)
     if len(runs) > 1 and all(run["concurrency"] or run["rate"] for run in runs):
-        plots += _by_load(settings, sorted(runs, key=lambda r: r["concurrency"] or r["rate"]))
+        plots += _by_load(settings, runs)
     for name, text in (*TIMES, ("speed", "speed")):
         unit = "tokens/s of one request" if name == "speed" else "ms"
         lines = [Line(load_name(run), _distribution(run["histograms"][name])) for run in runs]

@@ -229,10 +229,10 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
 
     q: [T, Hq, D], this step's tokens in the plan's order; query head h reads KV head h // G. cache: this step's keys
     and values already stored. block_tables: [S, max_blocks] int32. The definition of an 8-bit cache is attention over
-    what it stands for, rounded to q's dtype; the kernels multiply the stored values, in fp16 where q is 16 bits, and
-    apply the scales to scores and probabilities. Query j of a sequence with n queries and context c sees positions 0 to
-    c - n + j. Pool positions past a context are never read, nor table entries past it. Tokens past query_starts[B] are
-    padding: their output is unspecified.
+    what it stands for, rounded to q's dtype. The kernels follow it (`kv_widen`), or multiply the stored values, in fp16
+    where q is 16 bits, and apply the scales to scores and probabilities. Query j of a sequence with n queries and
+    context c sees positions 0 to c - n + j. Pool positions past a context are never read, nor table entries past it.
+    Tokens past query_starts[B] are padding: their output is unspecified.
     """
     if q.is_cuda:
         from engine.kernels import paged_attention

@@ -29,11 +29,10 @@ def test_a_mixed_step_charges_decode_its_usual_time() -> None:
     assert clock.decode_seconds == pytest.approx(0.07)
 
 
-def test_before_any_pure_decode_time_is_shared_by_tokens_and_never_exceeded() -> None:
+def test_without_a_usable_pure_decode_time_is_shared_by_tokens() -> None:
     clock = PhaseClock()
     clock.add(90, 10, 1.0)
     assert clock.decode_seconds == pytest.approx(0.1) and clock.prefill_seconds == pytest.approx(0.9)
     clock.add(0, 4, 2.0)
-    clock.add(10, 4, 0.5)
-    assert clock.decode_seconds + clock.prefill_seconds == pytest.approx(3.5)
-    assert clock.prefill_seconds == pytest.approx(0.9)
+    clock.add(12, 4, 0.4)  # faster than the last pure decode step of this size
+    assert clock.decode_seconds == pytest.approx(2.2) and clock.prefill_seconds == pytest.approx(1.2)
