@@ -16,6 +16,14 @@ class ModelError(ValueError):
     """
 
 
+class VariantRefused(ValueError):
+    """A variant cannot be added or removed while serving. The message names what to do; `code` is for programs."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class YarnScaling(msgspec.Struct, frozen=True):
     """YaRN rope scaling (Peng et al., 2023, arXiv:2309.00071), as transformers' `rope_type: yarn` defines it."""
 

@@ -13,6 +13,7 @@ import secrets
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -37,8 +38,9 @@ from engine.messages import (
 from engine.phases import PhaseClock
 from engine.quant.formats import AUTO
 from engine.runner import Flight, PhaseTimer, Runner, VariantFlight, pick_device
-from engine.scheduler import Scheduler
+from engine.scheduler import Counters, Scheduler
 from engine.sequence import Sequence
+from engine.variant_changes import VariantChanges
 from engine.weights import count_token_ids
 
 log = logging.getLogger("octavo.engine")
@@ -89,6 +91,9 @@ class Engine:
         )
         self.sequences: dict[int, Sequence] = {}
         self.phases = {name: PhaseClock() for name in names}
+        self.changes = VariantChanges(self.runner)
+        self.removing: str | None = None  # takes no new sequences, and goes when it has none left
+        self.revision = 0  # of the set of variants
         self.num_steps = 0
         self.step_seconds = self.wait_seconds = 0.0  # as in EngineStats
         self.step_buckets = [0] * (len(STEP_BOUNDS) + 1)
@@ -100,16 +105,20 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        variants = self.runner.variants
+        variants, removing = self.runner.variants, self.removing
         return EngineInfo(
             max_model_len=self.runner.max_model_len,
             vocab_size=self.num_ids,
             eos_token_ids=sorted(self.eos_token_ids),
             default_variant=next(iter(variants)),
             variants=[
-                VariantInfo(name, v.fingerprint, self.runner.block_sizes[name], v.own_bytes, v.shared_bytes)
+                VariantInfo(
+                    name, v.fingerprint, self.runner.block_sizes[name], v.own_bytes, v.shared_bytes, name == removing
+                )
                 for name, v in variants.items()
             ],
+            revision=self.revision,
+            headroom=self.changes.free,
             num_blocks=self.runner.num_blocks,
             max_num_seqs=self.config.max_num_seqs,
             enable_prefix_caching=self.config.enable_prefix_caching,
@@ -121,8 +130,40 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._flights) or self.scheduler.has_work
 
+    def takes(self, variant: str) -> bool:
+        """Whether requests for this variant are served: it is loaded and not about to be removed."""
+        return variant in self.phases and variant != self.removing
+
+    def add_variant(self, name: str, between: Callable[[], None]) -> None:
+        """Load a variant; `between` is called before each matrix, so that steps can go on. Raises VariantRefused."""
+        assert name not in self.runner.variants
+        self.changes.add(name, between)
+        self.scheduler.add_variant(name, self.runner.block_sizes[name])
+        self.phases = self.phases | {name: PhaseClock()}  # not in place: `stats` may be reading it
+        self.revision += 1
+
+    def begin_removal(self, name: str) -> None:
+        """Take no more sequences for a variant. `end_removal` frees it when `uses` says that it has none left."""
+        assert self.removing is None and self.takes(name)
+        self.removing = name
+        self.revision += 1
+
+    def uses(self, variant: str) -> bool:
+        """Whether a sequence, or a step whose results are not in, needs this variant."""
+        in_flight = any(share.variant == variant for flight in self._flights for share in flight.variants)
+        return in_flight or any(s.variant == variant for s in self.sequences.values())
+
+    def end_removal(self) -> None:
+        """Free the variant that is being removed."""
+        name, self.removing = self.removing, None
+        assert name is not None and not self.uses(name)
+        self.phases = {n: clock for n, clock in self.phases.items() if n != name}
+        self.scheduler.remove_variant(name)
+        self.changes.remove(name)
+        self.revision += 1
+
     def add(self, request: AddRequest) -> None:
-        """Queue a request's n sequences. It has been validated by `sequence.check_params`."""
+        """Queue a request's n sequences. It has been validated by `sequence.check_params`, and `takes` its variant."""
         prompt, params, now = unpack_ids(request.prompt), request.params, time.monotonic()
         if not self.has_work:
             self._last_batch = None
@@ -189,7 +230,7 @@ class Engine:
         started = self.step_started
         variants = {}
         for name, phase in self.phases.items():
-            counters = self.scheduler.counters[name]
+            counters = self.scheduler.counters.get(name, Counters())  # it may be removed at this moment
             running = sum(s.variant == name for s in list(self.scheduler.running.values()))
             variants[name] = VariantStats(
                 phase.prefill_tokens,

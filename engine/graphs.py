@@ -83,8 +83,19 @@ class DecodeGraphs:
         """Capture everything, largest first, so that smaller graphs reuse the memory of larger ones."""
         for size in reversed(self.sizes):
             for variant in self.models:
-                self._forward[variant, size] = self.record(partial(self._run_forward, variant, size))
+                self.capture_one(variant, size)
             self._draw[size] = self.record(partial(self._run_draw, size))
+
+    @torch.inference_mode()
+    def capture_one(self, variant: str, size: int) -> None:
+        """Capture one variant's forward, between steps or at start."""
+        self._inputs[0].fill_(self._spare)  # the last step's rows and contexts: their slots must not be written again
+        self._inputs[1].zero_()
+        self._forward[variant, size] = self.record(partial(self._run_forward, variant, size))
+
+    def forget(self, variant: str) -> None:
+        """Drop a variant's graphs."""
+        self._forward = {key: graph for key, graph in self._forward.items() if key[0] != variant}
 
     def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Capture `work` into this object's memory pool."""
@@ -106,11 +117,17 @@ class DecodeGraphs:
         self._tokens[:size].copy_(tokens.tokens)
         t.tokens[rows, contexts.long()] = tokens.tokens.int()
 
-    def covers(self, scheduled: list[Scheduled]) -> bool:
-        """Whether this batch is one token of each of at most `max_size` sequences, all sampled, no prompt logprobs."""
-        return len(scheduled) <= self.max_size and all(
-            s.num_tokens == 1 and s.samples and s.sequence.next_prompt_logprob >= s.sequence.prompt_len
-            for s in scheduled
+    def covers(self, variant: str, scheduled: list[Scheduled]) -> bool:
+        """Whether this batch is one token of each of at most `max_size` sequences, all sampled, no prompt logprobs, and
+        its graph is captured.
+        """
+        return (
+            len(scheduled) <= self.max_size
+            and (variant, self._size(len(scheduled))) in self._forward
+            and all(
+                s.num_tokens == 1 and s.samples and s.sequence.next_prompt_logprob >= s.sequence.prompt_len
+                for s in scheduled
+            )
         )
 
     def forward(self, variant: str, rows: npt.NDArray[np.int32], contexts: npt.NDArray[np.int32]) -> Tensor:

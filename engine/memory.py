@@ -7,7 +7,9 @@ so that a new format needs nothing here. All numbers are bytes unless they are c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -17,7 +19,7 @@ from engine.kv_pool import bytes_per_block, tokens_per_block
 from engine.mixed_graphs import mixed_layouts
 from engine.quant.formats import Format
 from engine.quant.memory import WeightBytes, count_bytes
-from engine.quant.variants import build_variants
+from engine.quant.variants import Variant, build_variants
 from engine.sampling import NUM_FLOATS, NUM_INTS
 from engine.weights import Checkpoint
 
@@ -65,14 +67,21 @@ class MemoryPlan:
 
 
 def planned_weights(
-    config: ModelConfig, shapes: Checkpoint, formats: list[Format], dtype: torch.dtype, kept: frozenset[str]
+    config: ModelConfig,
+    shapes: Checkpoint,
+    formats: list[Format],
+    dtype: torch.dtype,
+    kept: frozenset[str],
+    loaded: Mapping[str, Variant] = MappingProxyType({}),
+    between: Callable[[], None] = lambda: None,
 ) -> WeightBytes:
-    """What the variants of these formats will hold: the loader's own work, on shapes. Raises ModelError as it does.
+    """What the variants of these formats will hold, together with those loaded: the loader's own work, on shapes.
+    Raises ModelError as it does.
 
-    shapes: a checkpoint opened for the meta device. kept: `formats.kept_matrices`.
+    shapes: a checkpoint opened for the meta device. kept, loaded, between: as `build_variants` takes them.
     """
-    variants = build_variants(config, shapes, formats, 1, META, dtype, kept)
-    return count_bytes({name: variant.model for name, variant in variants.items()})
+    variants = build_variants(config, shapes, formats, 1, META, dtype, kept, None, loaded, between)
+    return count_bytes({name: variant.model for name, variant in {**loaded, **variants}.items()})
 
 
 def plan_memory(

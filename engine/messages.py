@@ -2,6 +2,7 @@
 
     API process  --AddRequest, Abort-->                   engine    DEALER to ROUTER, ipc://DIR/engine
     API process  <--StepOutput (one a step)--             engine    the same pair
+    API process  --AddVariant, RemoveVariant-->           engine    the same pair; VariantChanged comes back
     parent       --DropClient, Shutdown-->                engine    the same ROUTER
     API, engine  --EngineReady, EngineReport, ApiReport--> parent    PUSH to PULL, ipc://DIR/report
     canary       --CanaryReport-->                        parent    the same
@@ -77,7 +78,21 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """End the engine process after the current step."""
 
 
-EngineCommand = AddRequest | Abort | DropClient | Shutdown
+class AddVariant(msgspec.Struct, tag="add_variant", array_like=True):
+    """Load a variant, by its format's own name. Answered by VariantChanged. change_id: the API process's own count."""
+
+    change_id: int
+    name: str
+
+
+class RemoveVariant(msgspec.Struct, tag="remove_variant", array_like=True):
+    """Take no new requests for a variant, let those in flight finish, and free it. Answered by VariantChanged."""
+
+    change_id: int
+    name: str
+
+
+EngineCommand = AddRequest | Abort | AddVariant | RemoveVariant | DropClient | Shutdown
 
 
 class Logprobs(msgspec.Struct, array_like=True):
@@ -113,7 +128,8 @@ class Started(msgspec.Struct, array_like=True):
 
 
 class Finished(msgspec.Struct, array_like=True):
-    """The last word on a sequence. reason: "stop" (EOS or a stop id), "length" or "error".
+    """The last word on a sequence. reason: "stop" (EOS or a stop id), "length", "error" or "removed" (its variant is no
+    longer there).
 
     The stopping token is the last of the sequence's tokens already sent.
     """
@@ -139,18 +155,37 @@ class StepOutput(msgspec.Struct, tag="step", array_like=True):
     finished: list[Finished]
 
 
+class VariantChanged(msgspec.Struct, tag="changed", array_like=True):
+    """A change of the set of variants is done, or refused: `code`, and `message` for the user.
+
+    revision: of the first EngineInfo that shows it. changed: False if there was nothing to do.
+    """
+
+    change_id: int
+    revision: int
+    changed: bool
+    code: str | None = None
+    message: str = ""
+
+
 class VariantInfo(msgspec.Struct, array_like=True):
-    """One loaded variant. fingerprint seeds its prefix hashes; bytes are of stored weights, own and shared."""
+    """One loaded variant. fingerprint seeds its prefix hashes; bytes are of stored weights, own and shared. removing:
+    it takes no new requests.
+    """
 
     name: str
     fingerprint: bytes
     block_size: int
     own_bytes: int
     shared_bytes: int
+    removing: bool = False
 
 
 class EngineInfo(msgspec.Struct, array_like=True):
-    """What an API process must know of the engine to validate and hash. Lengths and counts are in tokens or blocks."""
+    """What an API process must know of the engine to validate and hash. Lengths and counts are in tokens or blocks.
+
+    revision: of the set of variants, which may change while serving. headroom: bytes that variants may yet take.
+    """
 
     max_model_len: int
     vocab_size: int  # ids the tokenizer knows; larger ids are never sampled and not accepted
@@ -162,6 +197,8 @@ class EngineInfo(msgspec.Struct, array_like=True):
     enable_prefix_caching: bool
     device: str
     dtype: str
+    revision: int = 0
+    headroom: int = 0
 
 
 class VariantStats(msgspec.Struct, array_like=True):
@@ -203,6 +240,8 @@ class EngineStats(msgspec.Struct, array_like=True):
 
 
 class EngineReady(msgspec.Struct, tag="ready", array_like=True):
+    """The engine has loaded; again whenever its set of variants has changed."""
+
     epoch: int
     info: EngineInfo
 

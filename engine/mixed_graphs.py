@@ -125,9 +125,18 @@ class MixedGraphs:
     def capture(self, record: Record) -> None:
         """Capture everything, largest first, through the recorder of the decode graphs (one memory pool)."""
         for layout in reversed(self.layouts):
-            self._vector[: layout.length].copy_(to_device(layout.pack([], self._spare), self._vector.device))
             for variant in self.models:
-                self._graphs[variant, layout] = record(partial(self._run, variant, layout))
+                self.capture_one(variant, layout, record)
+
+    @torch.inference_mode()
+    def capture_one(self, variant: str, layout: Layout, record: Record) -> None:
+        """Capture one variant's forward, between steps or at start."""
+        self._vector[: layout.length].copy_(to_device(layout.pack([], self._spare), self._vector.device))
+        self._graphs[variant, layout] = record(partial(self._run, variant, layout))
+
+    def forget(self, variant: str) -> None:
+        """Drop a variant's graphs."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] != variant}
 
     def _run(self, variant: str, layout: Layout) -> None:
         token_rows, positions, rows, query_starts, contexts, tiles = layout.split(self._vector)
@@ -153,15 +162,19 @@ class MixedGraphs:
         )
         self._hidden[: layout.total_tokens].copy_(self.models[variant].forward(batch, self.kv[variant]))
 
-    def layout_for(self, scheduled: list[Scheduled]) -> Layout | None:
-        """The smallest graph that holds this batch; None where there is none, or prompt logprobs are owed."""
+    def layout_for(self, variant: str, scheduled: list[Scheduled]) -> Layout | None:
+        """The smallest graph that holds this batch; None where none is captured, or prompt logprobs are owed."""
         prefills = [s.num_tokens for s in scheduled if s.num_tokens > 1]
         if len(prefills) > MAX_PREFILLS or any(
             s.sequence.next_prompt_logprob < s.sequence.prompt_len for s in scheduled
         ):
             return None
         num_decodes, num_tokens = len(scheduled) - len(prefills), sum(prefills)
-        fits = (x for x in self.layouts if x.num_decodes >= num_decodes and x.num_tokens >= num_tokens)
+        fits = (
+            x
+            for x in self.layouts
+            if x.num_decodes >= num_decodes and x.num_tokens >= num_tokens and (variant, x) in self._graphs
+        )
         return min(fits, key=lambda x: x.total_tokens, default=None)
 
     def forward(self, variant: str, scheduled: list[Scheduled], layout: Layout) -> tuple[Tensor, Assembled]:

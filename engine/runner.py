@@ -6,14 +6,16 @@ between reads a device value on the host, so that the next step can be scheduled
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Assembled, Tables, assemble, prefill_batch
+from engine.batch import Assembled, Tables, assemble, decode_batch, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
 from engine.kv_pool import KVPool, tokens_per_block
@@ -31,12 +33,14 @@ from engine.models.qwen import Qwen
 from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.smooth import smoothing_for
-from engine.quant.variants import Variant, build_variants
+from engine.quant.variants import Smoothing, Variant, build_variants
 from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample, warm_up
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, to_host
 from engine.weights import Checkpoint, open_checkpoint
+
+log = logging.getLogger("octavo.engine")
 
 WARM_UP_ROWS = (2, 9, 17, 33, *range(65, 1026, 64))  # wherever `matmul.choose_tile` may change its mind
 
@@ -130,7 +134,7 @@ class Runner:
         max_len = config.max_model_len or model_config.max_position_embeddings
         if self.device.type == "cuda":  # sooner than by running out of memory
             self._allocated_before = torch.cuda.memory_allocated(self.device)
-            self._plan(formats, self._planned_weights(formats))
+            self._plan(formats, self.planned_weights(formats, {}, lambda: None))
         self.variants = self._load(formats, max_len)
         kvs = {f.kv for f in formats}
         self.block_sizes = {f.name: tokens_per_block(config.block_size, self.dtype, f.kv) for f in formats}
@@ -139,60 +143,77 @@ class Runner:
         self.pool = KVPool(model_config, self.num_blocks, config.block_size, self.dtype, kvs, self.device)
         caches = {kv: self.pool.caches(kv) for kv in kvs}
         self.kv = {f.name: caches[f.kv] for f in formats}
+        self.models = {name: v.model for name, v in self.variants.items()}
         # wide enough for the variant with the smallest blocks, which may yet come
         self.tables = Tables.allocate(config.max_num_seqs, self.max_model_len, config.block_size, self.device)
         self.graphs: DecodeGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
         self.num_replays = 0  # batches that ran through a graph
         if config.cuda_graphs and self.device.type == "cuda":
-            models = {name: v.model for name, v in self.variants.items()}
+            free = torch.cuda.mem_get_info(self.device)[0]
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
-            self.graphs = DecodeGraphs(models, self.tables, self.kv, self.block_sizes, num_ids, size)
+            self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size)
             self.graphs.capture()
-            self.mixed_graphs = MixedGraphs(models, self.tables, self.kv, self.block_sizes)
+            self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes)
             self.mixed_graphs.capture(self.graphs.record)
+            taken = free - torch.cuda.mem_get_info(self.device)[0]
+            planned = sum(size for name, size in self.plan.reserves.items() if "CUDA graphs" in name)
+            log.info("CUDA graphs took %.0f MiB; the plan has %.0f for them", taken / 2**20, planned / 2**20)
         if self.device.type == "cuda":
-            self._warm_up()
+            for name in self.variants:
+                for size in WARM_UP_ROWS:
+                    self.warm_up(name, size)
+            t = self.tables
+            logits = torch.zeros(1, model_config.vocab_size, dtype=self.dtype, device=self.device)
+            with torch.inference_mode():
+                warm_up(logits, t.floats, t.ints, t.tokens, num_ids)
+            torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """Run each variant once for each range of rows that has kernels of its own, so that none compiles later."""
+    def warm_up(self, variant: str, num_rows: int) -> None:
+        """Run a variant once for a range of rows that has kernels of its own, so that none compiles later."""
         spare = self.tables.tokens.shape[0] - 1
-        batches = [prefill_batch(spare, min(size, self.max_model_len), self.tables) for size in WARM_UP_ROWS]
-        prompt = batches[-1]
-        contexts = prompt.plan.context_lens_host + self.max_model_len  # as of a later part of a prompt: see `kv_widen`
-        batches.append(replace(prompt, plan=replace(prompt.plan, context_lens_host=contexts)))
+        batch = prefill_batch(spare, min(num_rows, self.max_model_len), self.tables)
+        batches = [batch]
+        if num_rows == WARM_UP_ROWS[-1]:
+            contexts = batch.plan.context_lens_host + self.max_model_len  # of a later part of a prompt: see `kv_widen`
+            batches.append(replace(batch, plan=replace(batch.plan, context_lens_host=contexts)))
+            for size in (1, self.config.max_num_seqs) if self.graphs is None else ():
+                rows = torch.full((size,), spare, dtype=torch.int32, device=self.device)
+                batches.append(decode_batch(rows, torch.zeros_like(rows), self.tables, self.block_sizes[variant]))
+        model, most = self.models[variant], max(PROMPT_LOGPROB_ROWS, self.config.max_num_seqs)
         for batch in batches:
-            for name, variant in self.variants.items():
-                variant.model.forward(batch, self.kv[name])
-        t = self.tables
-        logits = torch.zeros(1, self.model_config.vocab_size, dtype=self.dtype, device=self.device)
-        warm_up(logits, t.floats, t.ints, t.tokens, self.num_ids)
+            model.logits(model.forward(batch, self.kv[variant])[:most])
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:
-        c, config, device, dtype = self.model_config, self.config, self.device, self.dtype
-        with self._checkpoint(device) as checkpoint:
-            smoothing = None
-            if any(f.smooth for f in formats) and config.load_format != "dummy":
+        c, device, dtype = self.model_config, self.device, self.dtype
+        with self.checkpoint(device) as checkpoint:
+            self.identity = checkpoint.identity()
+
+            def unquantised() -> Qwen:
                 bf16 = FORMATS["bf16"]
-                smoothing = smoothing_for(
-                    config,
-                    c,
-                    checkpoint.identity(),
-                    lambda: build_variants(c, checkpoint, [bf16], max_len, device, dtype)[bf16.name].model,
-                    device,
-                    dtype,
-                )
+                return build_variants(c, checkpoint, [bf16], max_len, device, dtype)[bf16.name].model
+
+            smoothing = self.smoothing(formats, unquantised)
             return build_variants(c, checkpoint, formats, max_len, device, dtype, self.kept, smoothing)
 
-    def _checkpoint(self, device: torch.device) -> Checkpoint:
+    def smoothing(self, formats: list[Format], unquantised: Callable[[], Qwen]) -> Smoothing | None:
+        """SmoothQuant's factors, if any format needs them. unquantised: makes the model that they are found with."""
+        if self.config.load_format == "dummy" or not any(f.smooth for f in formats):
+            return None
+        return smoothing_for(self.config, self.model_config, self.identity, unquantised, self.device, self.dtype)
+
+    def checkpoint(self, device: torch.device) -> Checkpoint:
         c = self.config
         return open_checkpoint(c.model, c.load_format, self.model_config, self.dtype, device)
 
-    def _planned_weights(self, formats: list[Format]) -> WeightBytes:
-        with self._checkpoint(META) as checkpoint:
-            return planned_weights(self.model_config, checkpoint, formats, self.dtype, self.kept)
+    def planned_weights(
+        self, formats: list[Format], loaded: Mapping[str, Variant], between: Callable[[], None]
+    ) -> WeightBytes:
+        """What variants of these formats will hold, together with those loaded. between: see `build_variants`."""
+        with self.checkpoint(META) as shapes:
+            return planned_weights(self.model_config, shapes, formats, self.dtype, self.kept, loaded, between)
 
     def _plan(self, formats: list[Format], weights: WeightBytes) -> MemoryPlan:
         """Size the KV pool for these weights, loaded or yet to be loaded."""
@@ -233,11 +254,11 @@ class Runner:
         return [s.sequence for s in scheduled if s is largest or computed & set(s.sequence.blocks)]
 
     def _launch_variant(self, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
-        if self.graphs is not None and self.graphs.covers(scheduled):
+        if self.graphs is not None and self.graphs.covers(variant, scheduled):
             self.num_replays += 1
             return self._replay(self.graphs, variant, scheduled)
         clock = PhaseTimer(self.device)
-        model = self.variants[variant].model
+        model = self.models[variant]
         hidden, a = self._forward(variant, scheduled)
         pieces, prompt_ids, prompt_values = self._prompt_logprobs(model, hidden, a)
         ids = values = None
@@ -268,12 +289,12 @@ class Runner:
 
     def _forward(self, variant: str, scheduled: list[Scheduled]) -> tuple[Tensor, Assembled]:
         """Hidden states [T, H] of a batch, through a graph where one holds it."""
-        layout = self.mixed_graphs.layout_for(scheduled) if self.mixed_graphs is not None else None
+        layout = self.mixed_graphs.layout_for(variant, scheduled) if self.mixed_graphs is not None else None
         if self.mixed_graphs is not None and layout is not None:
             self.num_replays += 1
             return self.mixed_graphs.forward(variant, scheduled, layout)
         batch, a = assemble(scheduled, self.tables, self.block_sizes[variant])
-        return self.variants[variant].model.forward(batch, self.kv[variant]), a
+        return self.models[variant].forward(batch, self.kv[variant]), a
 
     def _replay(self, graphs: DecodeGraphs, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
         """A batch that only decodes, through the captured graphs."""

@@ -60,7 +60,7 @@ class Scheduler:
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must be able to decode in one step"
         self.blocks = blocks
-        self.block_sizes = block_sizes
+        self.block_sizes = dict(block_sizes)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_beside_decode = max_prefill_beside_decode
         self.waiting: dict[str, deque[Sequence]] = {v: deque() for v in block_sizes}
@@ -76,9 +76,21 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running) or any(self.waiting.values())
 
+    def add_variant(self, name: str, block_size: int) -> None:
+        """Take sequences of one more variant."""
+        self.counters[name] = Counters()
+        self.block_sizes[name] = block_size
+        self._waits_for[name] = "budget"
+        self.waiting[name] = deque()
+
+    def remove_variant(self, name: str) -> None:
+        """Forget a variant that has no sequences left."""
+        assert not self.waiting[name] and all(s.variant != name for s in self.running.values())
+        del self.waiting[name], self.block_sizes[name], self.counters[name], self._waits_for[name]
+
     def waits(self, variant: str) -> dict[str, int]:
         """How many sequences wait for what stopped the queue in the last step (`messages.WAIT_REASONS`)."""
-        return {self._waits_for[variant]: len(self.waiting[variant])}
+        return {self._waits_for.get(variant, "budget"): len(self.waiting.get(variant, ()))}
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has checked that it fits the model's context, hence the pool."""

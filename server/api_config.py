@@ -10,9 +10,10 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     client_id: its place in the engine's address book, never reused. socket_fd: the inherited listening socket.
     model_folder: holds the tokenizer and generation_config. model_root: what `/v1/models` reports as `root`.
-    api_keys: empty means no authentication. max_queued_requests: sequences in flight in this process beyond which a
-    request gets 503. max_prompts: cap on prompts times n of one request. drain_seconds: how long requests in flight may
-    go on after SIGTERM. step_timeout: seconds one engine step may take before the engine counts as hung.
+    api_keys: empty means no authentication. admin_keys: of who may change the variants; empty means nobody.
+    max_queued_requests: sequences in flight in this process beyond which a request gets 503. max_prompts: cap on
+    prompts times n of one request. drain_seconds: how long requests in flight may go on after SIGTERM. step_timeout:
+    seconds one engine step may take before the engine counts as hung.
     log_level, log_format: as `engine.logs.set_up_logging` takes them.
     allowed_hosts: accepted Host headers without port; empty accepts any (set it against DNS rebinding).
     """
@@ -24,6 +25,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str
     model_root: str
     api_keys: list[str] = []
+    admin_keys: list[str] = []
     max_body_bytes: int = 10 * 2**20
     max_queued_requests: int = 1024
     max_prompts: int = 256

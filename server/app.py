@@ -71,7 +71,7 @@ def create_app(config: ApiConfig, client: EngineClient) -> FastAPI:
         exception_handlers=HANDLERS,
         middleware=[
             Middleware(Envelope, counters=client.counters),
-            Middleware(Gate, keys=config.api_keys, hosts=config.allowed_hosts),
+            Middleware(Gate, keys=config.api_keys, admin_keys=config.admin_keys, hosts=config.allowed_hosts),
         ],
     )
     app.include_router(router)

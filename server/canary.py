@@ -103,7 +103,7 @@ class Watch:
         status = self.status
         if status is None or status.state != "ready" or status.info is None:
             return None
-        return status.epoch, tuple(v.name for v in status.info.variants)
+        return status.epoch, tuple(v.name for v in status.info.variants if not v.removing)
 
     async def turn(self) -> None:
         """Wait while sequences of others wait, but not for ever."""

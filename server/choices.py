@@ -95,6 +95,8 @@ class Choice:
         return text
 
     def _end(self, reason: str, error: str | None) -> str:
+        if reason == "removed":
+            raise ApiError("model_not_found", f"The variant {self.prepared.variant.name} has been removed.", "model")
         if reason not in ("stop", "length"):
             logger.error("%s: the engine ended a sequence: %s %s", self.prepared.id, reason, error)
             raise ApiError("internal_error")

@@ -90,7 +90,7 @@ def _models(services: Services, info: EngineInfo, wanted: list[str] | None) -> d
     if wanted is not None and not wanted:
         raise ApiError("invalid_request", "variants must name at least one variant.", "variants")
     models = {}
-    for name in wanted or [v.name for v in info.variants]:
+    for name in wanted or [v.name for v in info.variants if not v.removing]:
         try:
             variant = resolve_model(name if ":" in name else f"{served}:{name}", services.config, info)
         except ApiError as e:

@@ -27,12 +27,15 @@ from engine.messages import (
     STATUS_ENDPOINT,
     Abort,
     AddRequest,
+    AddVariant,
     ApiReport,
     EngineInfo,
     Finished,
     Logprobs,
+    RemoveVariant,
     Status,
     StepOutput,
+    VariantChanged,
     pack_ids,
 )
 from server.api_config import ApiConfig
@@ -40,6 +43,7 @@ from server.errors import ApiError, ClientGone
 from server.meter import SequenceMeter
 from server.metrics import Counters
 from server.prepared import Prepared
+from server.variant_changes import VariantChanges
 
 HEARTBEAT_SECONDS = 5.0  # silence of the parent or the engine that counts as death
 REPORT_SECONDS = 1.0
@@ -132,10 +136,11 @@ class EngineClient:
         self._status_at = 0.0
         self._stalled_at: float | None = None
         self._sequences: dict[int, SequenceStream] = {}
+        self._changes = VariantChanges()
         self._num_admitted = 0
         self._next_id = config.client_id << CLIENT_SHIFT
         self._encoder = msgspec.msgpack.Encoder()
-        self._step_decoder = msgspec.msgpack.Decoder(StepOutput)
+        self._step_decoder = msgspec.msgpack.Decoder(StepOutput | VariantChanged)
         self._status_decoder = msgspec.msgpack.Decoder(Status)
 
     # life
@@ -272,6 +277,16 @@ class EngineClient:
         self._loop.call_soon(self._drain_engine)
         return stream
 
+    async def change_variants(self, kind: type[AddVariant] | type[RemoveVariant], name: str) -> VariantChanged:
+        """Add or remove a variant; returns when it is done and this process knows. Raises ApiError for a refusal."""
+        command = self._changes.ask(kind, name)
+        try:
+            self._send(command)
+        except zmq.Again:
+            self._changes.fail_all(ApiError("engine_loading"))
+        self._loop.call_soon(self._drain_engine)
+        return await self._changes.wait(command)
+
     def finish(self, sequence: SequenceStream) -> None:
         """A stop string ended this sequence. Nothing more arrives for it."""
         if self._sequences.pop(sequence.sequence_id, None) is not None and sequence.finished is None:
@@ -306,8 +321,9 @@ class EngineClient:
         for stream in {id(s.request): s.request for s in self._sequences.values()}.values():
             self.abort(stream, "error")
             stream.fail(error)
+        self._changes.fail_all(error)
 
-    def _send(self, message: AddRequest | Abort) -> None:
+    def _send(self, message: AddRequest | Abort | AddVariant | RemoveVariant) -> None:
         self._engine.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     def _tell(self, message: Abort) -> None:
@@ -326,11 +342,14 @@ class EngineClient:
             self._status_at = time.monotonic()
             if status.state == "dead" or (previous is not None and previous.epoch != status.epoch):
                 self._fail_all(ApiError("engine_dead"))
+            self._changes.seen(status.info)
 
     def _drain_engine(self) -> None:
         for frame in _frames(self._engine):
             output = self._step_decoder.decode(frame)
-            if self.status is not None and output.epoch == self.status.epoch:
+            if isinstance(output, VariantChanged):
+                self._changes.answered(output, self.status.info if self.status is not None else None)
+            elif self.status is not None and output.epoch == self.status.epoch:
                 self._deliver(output)
 
     def _deliver(self, output: StepOutput) -> None:

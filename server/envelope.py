@@ -18,6 +18,7 @@ ENDPOINTS = {
     "/v1/chat/completions": "chat",
     "/v1/compare": "compare",
     "/v1/models": "models",
+    "/v1/variants": "variants",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/tokenizer_info": "tokenizer_info",

@@ -49,10 +49,19 @@ TABLE: dict[str, Rule] = {
         "Give a valid API key as 'Authorization: Bearer KEY'.",
         {"www-authenticate": "Bearer"},
     ),
+    "admin_key_not_set": Rule(
+        403,
+        INVALID,
+        "admin_key_not_set",
+        "Variants cannot be changed: start the server with --admin-key (or OCTAVO_ADMIN_KEY) and send that key.",
+    ),
+    "admin_key_required": Rule(403, INVALID, "admin_key_required", "This needs the server's admin key as the bearer."),
     "not_found": Rule(404, INVALID, None, "There is nothing at this path."),
     "model_not_found": Rule(404, INVALID, "model_not_found"),
     "method_not_allowed": Rule(405, INVALID, None, "This path does not take that method."),
     "request_timeout": Rule(408, INVALID, "request_timeout", "The request took too long to arrive.", CLOSE),
+    # no client should ask again by itself: a person must make room first
+    "variant_conflict": Rule(409, INVALID, "variant_conflict", headers={"x-should-retry": "false"}),
     "request_too_large": Rule(413, INVALID, "request_too_large", headers=CLOSE),
     "unsupported_media_type": Rule(
         415, INVALID, "unsupported_media_type", "The Content-Type must be application/json."

@@ -71,10 +71,11 @@ class Prepared:
 def resolve_model(name: str, config: ApiConfig, info: EngineInfo) -> VariantInfo:
     """The variant that a model name means: `served` (the default variant) or `served:variant`."""
     served = config.served_model_name
-    for variant in info.variants:
+    variants = [v for v in info.variants if not v.removing]
+    for variant in variants:
         if name == f"{served}:{variant.name}" or (name == served and variant.name == info.default_variant):
             return variant
-    loaded = ", ".join([served, *(f"{served}:{v.name}" for v in info.variants)])
+    loaded = ", ".join([served, *(f"{served}:{v.name}" for v in variants)])
     raise ApiError("model_not_found", f"The model {name[:200]!r} does not exist. Loaded: {loaded}.", "model")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from engine.messages import AddVariant, EngineInfo, RemoveVariant, Status, VariantInfo
+from engine.quant.formats import parse_format
 from engine.sequence import ParameterError
 from server.compare import compare_variants
 from server.engine_client import EngineClient
@@ -18,7 +21,15 @@ from server.errors import ApiError, ClientGone
 from server.metrics import CONTENT_TYPE, Page
 from server.prepared import Services, count_sequences, prepare, resolve_model
 from server.responses import Answer, EventStream, whole
-from server.schemas import ChatRequest, CompareRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from server.schemas import (
+    AddVariantRequest,
+    ChatRequest,
+    CompareRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+)
 
 LARGE_BODY = 32 * 2**10  # a larger request is tokenised and hashed in a thread
 BODY_SECONDS = 120.0
@@ -91,6 +102,44 @@ async def model(request: Request, model: str) -> Response:
     return _json(cards[model])
 
 
+@router.get("/v1/variants")
+async def variants(request: Request) -> Response:
+    """What is loaded, what is on its way out, and the bytes that others may yet take."""
+    info = _engine_info(request)
+    cards = [_variant_card(request, info, variant) for variant in info.variants]
+    return _json({"object": "list", "data": cards, "headroom_bytes": info.headroom})
+
+
+@router.post("/v1/variants")
+async def add_variant(request: Request) -> Response:
+    """Load a variant while serving: 201 when it can be asked, 200 if it could be already, 409 if there is no room."""
+    client: EngineClient = request.state.client
+    client.ready_info()
+    try:
+        name = parse_format(parse(AddVariantRequest, await _read_body(request)).name).name
+    except ValueError as e:
+        raise ApiError("invalid_request", str(e), "name") from None
+    answer = await client.change_variants(AddVariant, name)
+    info = _engine_info(request)
+    variant = next((v for v in info.variants if v.name == name), None)
+    if variant is None:
+        raise ApiError("variant_conflict", f"{name} was added, and removed again by another request.", "name")
+    return _json(_variant_card(request, info, variant), 201 if answer.changed else 200)
+
+
+@router.delete("/v1/variants/{name:path}")
+async def remove_variant(request: Request, name: str) -> Response:
+    """Free a variant: 200 when its memory is free. It takes no new requests, and those in flight finish first."""
+    client: EngineClient = request.state.client
+    client.ready_info()
+    try:
+        name = parse_format(name).name
+    except ValueError as e:
+        raise ApiError("model_not_found", str(e)) from None
+    await client.change_variants(RemoveVariant, name)
+    return _json({"name": name, "object": "variant", "deleted": True})
+
+
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
     """Ids of a text; control tokens in it are control tokens."""
@@ -158,17 +207,40 @@ async def metrics(request: Request) -> Response:
     return Response(page.render(request.state.client.status), media_type=CONTENT_TYPE)
 
 
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _engine_info(request: Request) -> EngineInfo:
+    status: Status | None = request.state.client.status
+    if status is None or status.info is None:
+        raise ApiError("engine_loading")
+    return status.info
+
+
+def _variant_card(request: Request, info: EngineInfo, variant: VariantInfo) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "object": "variant",
+        "model": f"{request.state.services.config.served_model_name}:{variant.name}",
+        "default": variant.name == info.default_variant,
+        "state": "removing" if variant.removing else "loaded",
+        "format": _format(variant.name),
+        "own_bytes": variant.own_bytes,
+        "shared_bytes": variant.shared_bytes,
+        "kv_tokens": info.num_blocks * variant.block_size,
+    }
+
+
+def _format(name: str) -> dict[str, Any]:
+    """How a variant stores and multiplies its matrices, and its KV; see `engine.quant.formats.Format`."""
+    return {key: value for key, value in asdict(parse_format(name)).items() if key != "name"}
 
 
 def _model_cards(request: Request) -> dict[str, dict[str, Any]]:
     services: Services = request.state.services
-    status = request.state.client.status
-    if status is None or status.info is None:
-        raise ApiError("engine_loading")
-    info, served = status.info, services.config.served_model_name
-    by_name = {variant.name: variant for variant in info.variants}
+    info, served = _engine_info(request), services.config.served_model_name
+    by_name = {variant.name: variant for variant in info.variants if not variant.removing}
     ids = {served: info.default_variant} | {f"{served}:{name}": name for name in by_name}
     return {
         model_id: {
@@ -180,6 +252,7 @@ def _model_cards(request: Request) -> dict[str, dict[str, Any]]:
             "parent": None,
             "max_model_len": info.max_model_len,
             "variant": name,
+            "format": _format(name),
             "own_bytes": by_name[name].own_bytes,
             "shared_bytes": by_name[name].shared_bytes,
             "kv_tokens": info.num_blocks * by_name[name].block_size,

@@ -94,6 +94,10 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+class AddVariantRequest(msgspec.Struct, kw_only=True):
+    name: str
+
+
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
@@ -170,7 +174,14 @@ def _decoders(schema: type[msgspec.Struct]) -> dict[str, msgspec.json.Decoder[An
 
 DECODERS: dict[type[msgspec.Struct], dict[str, msgspec.json.Decoder[Any]]] = {
     schema: _decoders(schema)
-    for schema in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, CompareRequest)
+    for schema in (
+        CompletionRequest,
+        ChatRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        CompareRequest,
+        AddVariantRequest,
+    )
 }
 _PROMPTS = {b"s": msgspec.json.Decoder(str)} | {
     b"[" + first: msgspec.json.Decoder(kind)

@@ -171,6 +171,13 @@ class ServerSettings(BaseSettings):
     api_key: Names = _option(
         (), "HTTP", "key that callers must send; may be repeated (the environment hides it from ps)", "KEY", repr=False
     )
+    admin_key: Names = _option(
+        (),
+        "HTTP",
+        "key that may add and remove variants while serving, and do all else; default: nobody may",
+        "KEY",
+        repr=False,
+    )
     allowed_hosts: Names = _option((), "HTTP", "Host headers to accept, against DNS rebinding; default: all", "NAME,…")
     max_queued: int = _option(1024, "HTTP", "sequences in flight for each API process; more get 503", "N", ge=1)
     max_body_mib: int = _option(10, "HTTP", "largest request body", "MIB", ge=1)

@@ -152,8 +152,12 @@ class Supervisor:
 
     def _start_engine(self) -> None:
         # engine.process.ProcessConfig, spelled out: importing it would import torch.
+        engine = self.settings.engine_config(self.folder)
+        if self.info is not None:  # the variants that there were last, and the room that they left
+            names = tuple(v.name for v in self.info.variants if not v.removing)
+            engine = msgspec.structs.replace(engine, variants=names, variant_headroom=self.info.headroom)
         config = {
-            "engine": self.settings.engine_config(self.folder),
+            "engine": engine,
             "ipc_dir": str(self.ipc_dir),
             "epoch": self.epoch,
             "log_format": self.settings.log_format,
@@ -172,6 +176,7 @@ class Supervisor:
             served_model_name=s.model_name,
             model_root=str(self.folder.resolve()) if Path(s.model).expanduser().is_dir() else s.model,
             api_keys=list(s.api_key),
+            admin_keys=list(s.admin_key),
             max_body_bytes=s.max_body_mib * 2**20,
             max_queued_requests=s.max_queued,
             parse_special_in_content=s.parse_special_in_content,
@@ -303,8 +308,12 @@ class Supervisor:
         elif isinstance(report, EngineReady):
             self.last_heartbeat = self.stalled_since = time.monotonic()
             self.info = report.info
-            log.info("engine ready %.1f s after its start", self.last_heartbeat - self.engine.started)
-            self._set_state("ready")
+            if self.state in ("loading", "dead"):
+                log.info("engine ready %.1f s after its start", self.last_heartbeat - self.engine.started)
+                self._set_state("ready")
+            else:
+                log.info("variants: %s", ", ".join(v.name for v in report.info.variants if not v.removing))
+                self._publish()
         else:
             self.last_heartbeat = time.monotonic()
             self.stats = report.stats

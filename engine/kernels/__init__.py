@@ -229,10 +229,10 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
 
     q: [T, Hq, D], this step's tokens in the plan's order; query head h reads KV head h // G. cache: this step's keys
     and values already stored. block_tables: [S, max_blocks] int32. The definition of an 8-bit cache is attention over
-    what it stands for, rounded to q's dtype; the kernels multiply the stored values, in fp16 where q is 16 bits, and
-    apply the scales to scores and probabilities. Query j of a sequence with n queries and context c sees positions 0 to
-    c - n + j. Pool positions past a context are never read, nor table entries past it. Tokens past query_starts[B] are
-    padding: their output is unspecified.
+    what it stands for, rounded to q's dtype. The kernels follow it (`kv_widen`), or multiply the stored values, in fp16
+    where q is 16 bits, and apply the scales to scores and probabilities. Query j of a sequence with n queries and
+    context c sees positions 0 to c - n + j. Pool positions past a context are never read, nor table entries past it.
+    Tokens past query_starts[B] are padding: their output is unspecified.
     """
     if q.is_cuda:
         from engine.kernels import paged_attention
@@ -366,14 +366,14 @@ def digits_matmul(
     return reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
 
 
-def takes_digits(x: Tensor, stored: torch.dtype) -> bool:
+def takes_digits(x: Tensor, stored: torch.dtype, group_size: int = 0) -> bool:
     """Whether `weight_only_matmul` splits x[M, K] in digits before it meets weights of `stored`, which whoever makes x
     may then do at once.
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.takes_digits(x, stored)
+        return matmul.takes_digits(x, stored, group_size)
     return False
 
 

@@ -147,7 +147,10 @@ def dequantize_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * (PARTS * SPAN) + tl.arange(0, PARTS) * SPAN
     k = first[:, None] + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
@@ -157,6 +160,8 @@ def dequantize_kernel(
     else:
         scale = tl.load(scales + row * num_groups + first // GROUP, mask=first < K, other=0.0)
     value = widen(stored, tl.float32)
+    if PDL:
+        gdc_wait()  # whoever had the scratch before has read it
     tl.store(out + row * K + k, (value * scale[:, None]).to(out.dtype.element_ty), mask=k < K)
 
 
@@ -252,5 +257,6 @@ def dequantize(qdata: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype
         GROUP=group_size,
         PARTS=_STRETCH // span,
         SPAN=span,
+        **chip.dependent_launch(qdata.device),
     )
     return out

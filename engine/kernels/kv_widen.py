@@ -37,11 +37,10 @@ def widen_kernel(
     context_lens,
     k_out,  # [blocks, BLOCK_SIZE, Hkv, D]
     v_out,
-    tables_out,  # [sequences past num_decodes, max_blocks]
+    tables_out,  # [sequences past num_decodes, table_stride]
     rows_out,  # [B]
     table_stride,
     block_stride,
-    tables_out_stride,
     num_decodes,
     BLOCK_SIZE: tl.constexpr,
     HKV: tl.constexpr,
@@ -64,7 +63,7 @@ def widen_kernel(
     before = tl.load(context_lens + others, mask=(others >= num_decodes) & (others < sequence), other=0)
     target = tl.sum(tl.cdiv(before, BLOCK_SIZE), axis=0) + number
     if part == 0:
-        tl.store(tables_out + own * tables_out_stride + number, target)
+        tl.store(tables_out + own * table_stride + number, target)
         tl.store(rows_out + sequence, own)
     block = tl.load(block_tables + tl.load(rows + sequence).to(tl.int64) * table_stride + number).to(tl.int64)
     row, d = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D)  # a row: a head of a token
@@ -104,7 +103,8 @@ def widened(
     counts = -(-plan.context_lens_host[plan.num_decodes :] // block_size)
     max_blocks = max(1, int(np.max(counts)))
     pool = torch.empty((2, int(counts.sum()), *k_cache.shape[1:]), dtype=dtype, device=k_cache.device)
-    tables = torch.empty((len(counts), max_blocks), dtype=torch.int32, device=k_cache.device)
+    # Rows as far apart as in the tables that prefill is given otherwise, so that it is compiled once.
+    tables = block_tables.new_empty(len(counts), block_tables.stride(0))
     rows = torch.empty_like(plan.rows)
     widen_kernel[(triton.cdiv(block_size * num_kv_heads, _ROWS), max_blocks, len(counts))](
         k_cache,
@@ -120,7 +120,6 @@ def widened(
         rows,
         block_tables.stride(0),
         k_cache.stride(0),
-        tables.stride(0),
         plan.num_decodes,
         BLOCK_SIZE=block_size,
         HKV=num_kv_heads,

@@ -33,9 +33,11 @@ from engine.kernels.convert import LOW_FP8, LOW_INT8, codes, dequantize, split_t
 from engine.kernels.gemv import gemv
 
 DEQUANTIZE_ROWS = 65  # where there are no digits: from so many rows on, a weight-only matrix is widened once for all
-DIGIT_ROWS = 384  # up to so many rows, 8-bit weights meet two-digit activations
+DIGIT_ROWS = 256  # up to so many rows, 8-bit weights meet two-digit activations
+GROUPED_DIGIT_ROWS = 64  # where groups of inputs have scales: their sums are scaled one by one
 LIBRARY_FP8_ROWS = 1024  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
-PLAIN_ROWS = 64  # up to so many rows, 16-bit weights go through our kernels and not the library's
+PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
+PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
 
 _MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts up costs more than they save
 _MAX_TILES = 4096  # that can be split: at most one for each SM are
@@ -76,36 +78,36 @@ TILES_8BIT: Tiles = (
     (64, (Tile(64, 64, 256, 4, 3),)),
     (_ANY, (Tile(128, 128, 128, 8, 3),)),
 )
-# Best or within 3 % of it for each matrix of Qwen3-1.7B on an H200.
-PLAIN_SM90: Tiles = (
-    (16, (Tile(16, 64, 128, 4, 6),)),
-    (32, (Tile(32, 64, 128, 4, 6),)),
-    (_ANY, (Tile(64, 32, 128, 4, 6, weight_left=False), Tile(64, 128, 128, 8, 4))),
-)
+# Best or within a few % of it for each matrix of Qwen3-1.7B on an H200: docs/performance.md.
+PLAIN_SM90: Tiles = ((16, (Tile(16, 64, 128, 4, 6),)), (_ANY, (Tile(32, 64, 128, 4, 6),)))
 _FEW_SM90: Tiles = (
     (16, (Tile(16, 64, 256, 4, 6), Tile(16, 64, 256, 4, 3))),
     (32, (Tile(32, 64, 256, 4, 5), Tile(32, 64, 256, 4, 3))),
 )
-_ONE_WAVE_SM90 = (
-    Tile(64, 32, 256, 4, 6, weight_left=False),
+_WAVE_64 = (Tile(64, 32, 256, 4, 6, weight_left=False), Tile(64, 128, 128, 4, 6, weight_left=False))
+_WAVE = (
     Tile(64, 64, 256, 4, 5, weight_left=False),
     Tile(64, 128, 128, 4, 6, weight_left=False),
+    Tile(128, 128, 128, 8, 6, weight_left=False),
 )
-_MANY_SM90 = Tile(128, 256, 128, 8, 3, weight_left=False)
-W8A8_FP8_SM90: Tiles = (*_FEW_SM90, (_ANY, (*_ONE_WAVE_SM90, Tile(128, 128, 128, 8, 5, weight_left=False), _MANY_SM90)))
+_MANY = Tile(128, 256, 128, 8, 3, weight_left=False)
+W8A8_FP8_SM90: Tiles = (*_FEW_SM90, (64, _WAVE_64), (_ANY, (*_WAVE, _MANY)))
 W8A8_INT8_SM90: Tiles = (
     *_FEW_SM90,
-    (256, (*_ONE_WAVE_SM90, Tile(64, 128, 128, 4, 4, weight_left=False))),
-    (_ANY, (*_ONE_WAVE_SM90, _MANY_SM90)),
+    (64, _WAVE_64),
+    (256, (*_WAVE[:2], Tile(64, 128, 128, 4, 4, weight_left=False))),
+    (_ANY, (*_WAVE, _MANY)),
 )
-_ONE_WAVE_DIGITS = (Tile(64, 64, 256, 4, 5), Tile(128, 64, 128, 4, 6), Tile(128, 128, 128, 8, 5))
+_WAVE_DIGITS = (Tile(64, 64, 256, 4, 5), Tile(128, 64, 128, 4, 6), Tile(128, 128, 128, 8, 5))
 _FEW_DIGITS: Tiles = (*_FEW_SM90, (64, (Tile(64, 64, 256, 4, 5), Tile(64, 64, 256, 4, 3))))
-DIGITS_FP8_SM90: Tiles = (
-    *_FEW_DIGITS,
-    (256, (*_ONE_WAVE_DIGITS, Tile(256, 128, 128, 8, 3))),
-    (_ANY, _ONE_WAVE_DIGITS),
+DIGITS_FP8_SM90: Tiles = (*_FEW_DIGITS, (256, (*_WAVE_DIGITS, Tile(256, 128, 128, 8, 3))), (_ANY, _WAVE_DIGITS))
+DIGITS_INT8_SM90: Tiles = (*_FEW_DIGITS, (_ANY, (*_WAVE_DIGITS[:2], Tile(128, 64, 128, 4, 4))))
+# With scales of groups: a second sum needs registers, and from eight warps on each thread loads all its scales itself.
+GROUPED_W8A8_SM90: Tiles = (
+    *_FEW_SM90,
+    (_ANY, (Tile(64, 64, 128, 4, 6, weight_left=False), Tile(64, 128, 128, 4, 4, weight_left=False))),
 )
-DIGITS_INT8_SM90: Tiles = (*_FEW_DIGITS, (_ANY, (*_ONE_WAVE_DIGITS[:2], Tile(128, 64, 128, 4, 4))))
+GROUPED_DIGITS_SM90: Tiles = (*_FEW_DIGITS, (_ANY, (Tile(64, 64, 256, 4, 5), Tile(128, 64, 128, 4, 4))))
 
 
 @triton.jit
@@ -174,6 +176,12 @@ def matmul_kernel(
     if PDL:
         gdc_wait()
     for start in range(split * per_split, min((split + 1) * per_split, K), BLOCK_K):
+        if GROUP != 0:  # ahead of the operands, so that they come while those are waited for
+            group = start // GROUP
+            scales = _along(tl.load(w_scale + n * num_groups + group, mask=n_exists, other=0.0), WEIGHT_LEFT)
+            if KIND == W8A8:
+                x_scales = tl.load(x_scale + r * num_groups + group, mask=r_exists, other=0.0)
+                x_scales = _along(x_scales, not WEIGHT_LEFT)
         x_mask, w_mask = _along(r_exists, not WEIGHT_LEFT), _along(n_exists, WEIGHT_LEFT)
         if not EVEN_K:
             x_mask, w_mask = (
@@ -189,23 +197,21 @@ def matmul_kernel(
         else:
             zeros = tl.zeros(SHAPE, dtype=tl.int32 if INTEGER else tl.float32)
             part = _dot(x_part, w_part, zeros, WEIGHT_LEFT).to(tl.float32)
-            group = start // GROUP
-            part *= _along(tl.load(w_scale + n * num_groups + group, mask=n_exists, other=0.0), WEIGHT_LEFT)
-            if KIND == W8A8:
-                part *= _along(tl.load(x_scale + r * num_groups + group, mask=r_exists, other=0.0), not WEIGHT_LEFT)
-            acc += part
+            acc += part * (scales * x_scales) if KIND == W8A8 else part * scales
     acc = acc.to(tl.float32)
     ROWS: tl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
     m, M = first + tl.arange(0, ROWS), R
     if KIND == DIGITS:
-        tl.static_assert(WEIGHT_LEFT)
+        if not WEIGHT_LEFT:
+            acc = tl.trans(acc)
         high, low = tl.split(tl.reshape(acc, (BLOCK_N, ROWS, 2)))
         acc = high + low * (LOW_INT8 if x.dtype.element_ty == tl.int8 else LOW_FP8)
         m, M = first // 2 + tl.arange(0, ROWS), R // 2
     m_exists = m < M
+    LEFT: tl.constexpr = WEIGHT_LEFT or KIND == DIGITS  # acc is of out.T
     last = num_splits == 1
     if num_splits > 1:
-        OUT: tl.constexpr = (BLOCK_N, ROWS) if WEIGHT_LEFT else (ROWS, BLOCK_N)
+        OUT: tl.constexpr = (BLOCK_N, ROWS) if LEFT else (ROWS, BLOCK_N)
         place = (tile * num_splits).to(tl.int64) * (ROWS * BLOCK_N)
         place += tl.arange(0, OUT[0])[:, None] * OUT[1] + tl.arange(0, OUT[1])[None, :]
         tl.store(partial + place + split * (ROWS * BLOCK_N), acc)
@@ -218,19 +224,19 @@ def matmul_kernel(
                 acc += tl.load(partial + place + i * (ROWS * BLOCK_N), cache_modifier=".cg")
     if last:
         if GROUP == 0 and KIND != PLAIN:
-            acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), WEIGHT_LEFT)
+            acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), LEFT)
         if KIND == DIGITS or (KIND == W8A8 and GROUP == 0):
-            acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not WEIGHT_LEFT)
+            acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not LEFT)
         if BIAS:
-            acc += _along(tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32), WEIGHT_LEFT)
+            acc += _along(tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32), LEFT)
         result = acc.to(out.dtype.element_ty)
-        if WEIGHT_LEFT:
+        if LEFT:
             result = tl.trans(result)
         target = out + m.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(target, result, mask=m_exists[:, None] & n_exists[None, :])
 
 
-def tiles_for(device: torch.device, kind: int, dtype: torch.dtype) -> Tiles:
+def tiles_for(device: torch.device, kind: int, dtype: torch.dtype, group_size: int) -> Tiles:
     """Of products whose activations come in `dtype`."""
     if dtype == torch.float32:
         return TILES_32BIT
@@ -238,6 +244,8 @@ def tiles_for(device: torch.device, kind: int, dtype: torch.dtype) -> Tiles:
         return TILES_8BIT if dtype.itemsize == 1 else TILES_16BIT
     if kind == PLAIN.value:
         return PLAIN_SM90
+    if group_size:
+        return GROUPED_W8A8_SM90 if kind == W8A8.value else GROUPED_DIGITS_SM90
     if kind == W8A8.value:
         return W8A8_INT8_SM90 if dtype == torch.int8 else W8A8_FP8_SM90
     return DIGITS_INT8_SM90 if dtype == torch.int8 else DIGITS_FP8_SM90
@@ -258,7 +266,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     assert out is None or out.is_contiguous()
     if x.shape[0] == 1 and x.is_contiguous():
         return gemv(x, weight, None, bias, out=out)
-    if 1 < x.shape[0] <= PLAIN_ROWS and x.is_contiguous() and x.itemsize == 2:
+    ours = 1 < x.shape[0] <= PLAIN_ROWS and weight.shape[0] <= PLAIN_WIDTH
+    if ours and x.is_contiguous() and x.itemsize == 2:
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
     if out is None:
         return F.linear(x, weight, bias)
@@ -273,17 +282,18 @@ def weight_only_matmul(
     rows = x.shape[0]
     if rows == 1:
         return gemv(x, qdata, scale, bias, group_size)
-    if takes_digits(x, qdata.dtype):
+    if takes_digits(x, qdata.dtype, group_size):
         return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size)
     if rows >= DEQUANTIZE_ROWS:
         return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
     return multiply(x, None, qdata, scale, bias, x.dtype, group_size)
 
 
-def takes_digits(x: Tensor, stored: torch.dtype) -> bool:
+def takes_digits(x: Tensor, stored: torch.dtype, group_size: int) -> bool:
     """Whether so many rows, of this dtype and on this device, meet weights of `stored` in two digits."""
-    fp8_too = stored == torch.int8 or chip.capability(x.device) >= (8, 9)
-    return x.is_cuda and 1 < x.shape[0] <= DIGIT_ROWS and x.itemsize == 2 and fp8_too
+    if not x.is_cuda or x.itemsize != 2 or (stored != torch.int8 and chip.capability(x.device) < (8, 9)):
+        return False
+    return 1 < x.shape[0] <= (GROUPED_DIGIT_ROWS if group_size else DIGIT_ROWS)
 
 
 def digits_matmul(
@@ -358,11 +368,11 @@ def multiply(
         return out
     num_sms = chip.num_sms(x.device)
     found = tuned.choices(x.device).get(tuned.product_key(_KINDS[kind], w.dtype, rows, width, depth))
-    if found and tile is None:
+    if found and tile is None and not group_size:
         block_m, block_n, block_k, num_warps, num_stages, left, splits = found
         tile = Tile(block_m, block_n, block_k, num_warps, num_stages, bool(left))
         num_splits = num_splits or splits
-    tile = tile or choose_tile(tiles_for(x.device, kind, x.dtype), rows, width, num_sms)
+    tile = tile or choose_tile(tiles_for(x.device, kind, x.dtype, group_size), rows, width, num_sms)
     block_k = min(tile.block_k, group_size or tile.block_k)
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     num_splits = num_splits or choose_splits(num_tiles, depth, num_sms)

@@ -55,7 +55,8 @@ class WeightOnlyLinear:
         """What spares the product a launch: activations split in digits by the operation before it, for as many rows as
         `like` has.
         """
-        return Codes(self.qdata.dtype, digits=2) if kernels.takes_digits(like, self.qdata.dtype) else None
+        splits = kernels.takes_digits(like, self.qdata.dtype, self.group_size)
+        return Codes(self.qdata.dtype, digits=2) if splits else None
 
     def __call__(self, x: Tensor | Quantised) -> Tensor:
         """[M, K] -> [M, N] in x's dtype."""

@@ -11,6 +11,8 @@ Activations: a token is a row, quantised as a weight's row is: torchao's dynamic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,11 +39,23 @@ def quantize(weight: Tensor, dtype: torch.dtype, granularity: str) -> tuple[Tens
     return qdata.view(padded.shape)[:rows, :depth].contiguous(), scale[:rows].contiguous()
 
 
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """[N_i, …] stacked along the first axis; of shapes, a shape (torch's own way there begins with slow imports)."""
+    if parts[0].is_meta:
+        return parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    return torch.cat(list(parts))
+
+
+def smoothed(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight[N, K] * factor[K], fp32."""
+    return weight.float() if weight.is_meta else weight.float() * factor
+
+
 def _quantize_tiles(tiles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """tiles[A, height, G, width] -> their codes, and scale[A, 1, G, 1]."""
-    if tiles.is_meta:  # a plan wants shapes alone, and torch takes half a millisecond for each operation on these
+    if tiles.is_meta:
         shape = (tiles.shape[0], 1, tiles.shape[2], 1)
-        return torch.empty_like(tiles, dtype=dtype), tiles.new_empty(shape, dtype=torch.float32)
+        return tiles.new_empty(tiles.shape, dtype=dtype), tiles.new_empty(shape, dtype=torch.float32)
     largest = tiles.abs().amax(dim=(1, 3), keepdim=True)
     # Divided by a tensor: on a GPU, division by a number multiplies by its reciprocal, and a scale that is off in its
     # last bit moves weights that lie near a boundary. So the stored numbers are the same on every device.
@@ -63,7 +77,7 @@ def dequantize(qdata: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> 
     exponent and mantissa, the bits are the value divided by 2^(15 - 7), exactly.
     """
     if qdata.is_meta:
-        return torch.empty_like(qdata, dtype=dtype)
+        return qdata.new_empty(qdata.shape, dtype=dtype)
     depth = qdata.shape[1]
     if qdata.dtype == torch.float8_e4m3fn:
         bits = qdata.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))

@@ -182,7 +182,8 @@ def _observer(weight: Tensor, alpha: float) -> Any:
     """torchao's observer of what weight[N, K] is multiplied with: called with x[M, K] fp32, `calculate_qparams()[0]` is
     the factor [K] fp32.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels that are not needed here
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # it warns of kernels that are not needed here, and of itself
     try:
         from torchao.prototype.smoothquant import RunningAbsMaxSmoothQuantObserver
     except ImportError as e:

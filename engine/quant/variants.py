@@ -11,8 +11,9 @@ formats are made of what it stands for, in fp32. What such a checkpoint leaves u
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from engine.models.qwen import Layer, Qwen
 from engine.quant.formats import FORMATS, HEAD, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
 from engine.quant.memory import all_finite, count_bytes
-from engine.quant.quantize import dequantize, quantize
+from engine.quant.quantize import dequantize, quantize, smoothed, stack
 from engine.weights import Blocks, Checkpoint
 
 _UNQUANTISED, _BLOCK_FORMAT = FORMATS["bf16"], FORMATS["w8a8-fp8-block"]
@@ -61,18 +62,23 @@ def build_linears(
     formats: list[Format],
     dtype: torch.dtype,
     factor: Tensor | None = None,
+    there: Mapping[Stored, Linear] = MappingProxyType({}),
 ) -> dict[str, Linear]:
     """By format name, checkpoint matrices [N_i, K] stacked along N, each quantised by itself. Formats that store the
     same bytes share them. `dtype` is what formats without scales compute in. factor: [K] fp32, of smoothed formats;
-    None is all ones.
+    None is all ones. there: this matrix as it is stored already; `parts` is not looked at if that is all.
     """
-    stored: dict[Stored, tuple[Tensor, Tensor | None]] = {}
+    stored = {key: _stored_in(linear) for key, linear in there.items()}
     linears: dict[str, Linear] = {}
-    pre_scale = None
-    if any(f.smooth for f in formats):
+    smooth = [f for f in formats if f.smooth]
+    if factor is None and any(f.stored not in stored for f in smooth):
         first = parts[0].qdata if isinstance(parts[0], Blocks) else parts[0]
-        factor = first.new_ones(first.shape[1], dtype=torch.float32) if factor is None else factor
-        pre_scale = 1.0 / factor
+        factor = first.new_ones(first.shape[1], dtype=torch.float32)
+    known = [x.pre_scale for x in there.values() if isinstance(x, W8A8Linear) and x.pre_scale is not None]
+    pre_scale = known[0] if known else None
+    if smooth and pre_scale is None:
+        assert factor is not None
+        pre_scale = factor if factor.is_meta else 1.0 / factor
     for f in formats:
         if f.stored not in stored:
             stored[f.stored] = _store(parts, f, dtype, factor)
@@ -86,16 +92,20 @@ def build_linears(
     return linears
 
 
+def _stored_in(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return (linear.weight, None) if isinstance(linear, PlainLinear) else (linear.qdata, linear.scale)
+
+
 def _store(
     parts: Sequence[Tensor | Blocks], fmt: Format, dtype: torch.dtype, factor: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """A weight in `dtype` and None, or codes and their scales."""
     if fmt.weight is None:
-        return torch.cat([_numbers(p).to(dtype) for p in parts]), None
+        return stack([_numbers(p).to(dtype) for p in parts]), None
     quantised = [piece for p in parts for piece in _quantize(p, fmt, factor)]
     if fmt.fake:
-        return torch.cat([dequantize(q, s, fmt.group_size, dtype) for q, s in quantised]), None
-    return torch.cat([q for q, _ in quantised]), torch.cat([s for _, s in quantised])
+        return stack([dequantize(q, s, fmt.group_size, dtype) for q, s in quantised]), None
+    return stack([q for q, _ in quantised]), stack([s for _, s in quantised])
 
 
 def _quantize(part: Tensor | Blocks, fmt: Format, factor: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,7 +118,7 @@ def _quantize(part: Tensor | Blocks, fmt: Format, factor: Tensor | None) -> Iter
     for piece in [weight] if fmt.granularity == "tensor" else torch.split(weight, _ROWS):
         if fmt.smooth:
             assert factor is not None
-            piece = piece.float() * factor
+            piece = smoothed(piece, factor)
         yield quantize(piece, getattr(torch, fmt.weight), fmt.granularity)
 
 
@@ -143,65 +153,145 @@ def build_variants(
     dtype: torch.dtype,
     kept: frozenset[str] = frozenset({HEAD}),
     smoothing: Smoothing | None = None,
+    loaded: Mapping[str, Variant] = MappingProxyType({}),
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Variant]:
     """Build every format's model tree in one pass over the checkpoint. Raises ModelError for a checkpoint that lacks a
     part or holds NaN or infinity, and for a format that the device cannot multiply in. On the meta device, from a
     checkpoint of shapes, it builds the shapes alone.
 
     kept: `formats.kept_matrices`, what stays unquantised. smoothing: of smoothed formats; None: all factors are 1.
+    loaded: variants of the same checkpoint, built with the same settings; what they hold is shared instead of read.
+    between: called before each matrix, so that other work can go on.
     """
     check_device(formats, device)
-    c = config
-    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    names = [f.name for f in formats]
     factors = {} if smoothing is None else smoothing.factors
+    build = _Build(config, checkpoint, formats, device, dtype, kept, factors, loaded, between)
+    embedding = build.embedding()
+    heads = build.heads(embedding)
+    layers = [build.layer(i) for i in range(config.num_layers)]  # each by format name
+    norm = build.shared("model.norm.weight", config.hidden_size, of=lambda model: model.norm)
+    rotary = rotary_table(config, max_len, device) if build.base is None else build.base.rotary
+    models = {
+        f.name: Qwen(config, embedding, [layer[f.name] for layer in layers], norm, heads[f.name], rotary)
+        for f in formats
+    }
+    return _account(formats, models, checkpoint.identity(), dtype, kept, smoothing)
 
-    def load(name: str, *shape: int) -> Tensor:
-        return _checked(name, checkpoint.load(name, shape).to(device))
 
-    def shared(name: str, *shape: int) -> Tensor:
-        return load(name, *shape).to(dtype)
+@dataclass(frozen=True)
+class _Build:
+    """One pass over a checkpoint; see `build_variants` for the fields."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    formats: list[Format]
+    device: torch.device
+    dtype: torch.dtype
+    kept: frozenset[str]
+    factors: dict[str, Tensor]
+    loaded: Mapping[str, Variant]
+    between: Callable[[], None]
+
+    @property
+    def base(self) -> Qwen | None:
+        """A tree that is there already, for what all share."""
+        return next((variant.model for variant in self.loaded.values()), None)
+
+    def load(self, name: str, *shape: int) -> Tensor:
+        return _checked(name, self.checkpoint.load(name, shape).to(self.device))
+
+    def shared(self, name: str, *shape: int, of: Callable[[Qwen], Tensor | None]) -> Tensor:
+        """A tensor that all variants share. of: where in a tree it is."""
+        there = of(self.base) if self.base is not None else None
+        return self.load(name, *shape).to(self.dtype) if there is None else there
+
+    def embedding(self) -> Tensor:
+        c = self.config
+        return self.shared("model.embed_tokens.weight", c.vocab_size, c.hidden_size, of=lambda model: model.embedding)
+
+    def heads(self, embedding: Tensor) -> dict[str, Linear]:
+        """By format name."""
+        c = self.config
+        tied = c.tie_word_embeddings or "lm_head.weight" not in self.checkpoint
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        quantised = [f for f in self.formats if f.weight is not None and HEAD not in self.kept]
+        plain = [f for f in self.formats if f not in quantised]
+        there = {v.format.stored: v.model.head for v in self.loaded.values()}
+        unquantised = [v.model.head for v in self.loaded.values() if v.format.weight is None or HEAD in self.kept]
+        known = [x.weight for x in unquantised if isinstance(x, PlainLinear)] + ([embedding] if tied else [])
+        stored = None
+        if any(f.stored not in there for f in quantised) or (plain and not known):
+            self.between()
+            stored = self.load(name, c.vocab_size, c.hidden_size)
+        if plain and not known:
+            assert stored is not None
+            known = [stored.to(self.dtype)]
+        heads: dict[str, Linear] = dict.fromkeys([f.name for f in plain], PlainLinear(known[0])) if plain else {}
+        parts = [] if stored is None else [stored]
+        return heads | build_linears(parts, None, quantised, self.dtype, self.factors.get(HEAD), there)
+
+    def layer(self, i: int) -> dict[str, Layer]:
+        """One layer, by format name."""
+        c = self.config
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+
+        def shared(name: str, size: int, of: Callable[[Layer], Tensor | None]) -> Tensor:
+            return self.shared(f"model.layers.{i}.{name}.weight", size, of=lambda model: of(model.layers[i]))
+
+        input_norm = shared("input_layernorm", c.hidden_size, lambda layer: layer.input_norm)
+        post_norm = shared("post_attention_layernorm", c.hidden_size, lambda layer: layer.post_norm)
+        q_norm = shared("self_attn.q_norm", c.head_dim, lambda layer: layer.q_norm) if c.qk_norm else None
+        k_norm = shared("self_attn.k_norm", c.head_dim, lambda layer: layer.k_norm) if c.qk_norm else None
+        qkv_rows = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        bias = self.base.layers[i].qkv.bias if self.base is not None else None
+        if c.qkv_bias and bias is None:
+            parts = [self.load(f"{attention}.{part}.bias", rows) for part, rows in qkv_rows.items()]
+            bias = stack([part.to(self.dtype) for part in parts])
+        gate_up_rows = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        qkv = self.matrices(i, "qkv_proj", attention, qkv_rows, c.hidden_size, lambda layer: layer.qkv, bias)
+        out = self.matrices(i, "o_proj", attention, {"o_proj": c.hidden_size}, q_size, lambda layer: layer.out)
+        gate_up = self.matrices(i, "gate_up_proj", mlp, gate_up_rows, c.hidden_size, lambda layer: layer.gate_up)
+        down_rows = {"down_proj": c.hidden_size}
+        down = self.matrices(i, "down_proj", mlp, down_rows, c.intermediate_size, lambda layer: layer.down)
+        return {
+            n: Layer(input_norm, qkv[n], q_norm, k_norm, out[n], post_norm, gate_up[n], down[n])
+            for n in (f.name for f in self.formats)
+        }
 
     def matrices(
-        name: str, prefix: str, rows: dict[str, int], inputs: int, bias: Tensor | None = None
+        self,
+        i: int,
+        name: str,
+        prefix: str,
+        rows: dict[str, int],
+        inputs: int,
+        of: Callable[[Layer], Linear],
+        bias: Tensor | None = None,
     ) -> dict[str, Linear]:
-        parts = _load_parts(checkpoint, {f"{prefix}.{part}.weight": n for part, n in rows.items()}, inputs, device)
-        if name in kept or (checkpoint.holds_blocks and not isinstance(parts[0], Blocks)):
-            return dict.fromkeys(names, build_linears(parts, bias, [_UNQUANTISED], dtype)[_UNQUANTISED.name])
-        return build_linears(parts, bias, formats, dtype, factors.get(name))
+        """One fused matrix of layer i, by format name. rows: outputs of the checkpoint's matrices under `prefix`."""
+        there = {v.format.stored: of(v.model.layers[i]) for v in self.loaded.values()}
+        name = f"layers.{i}.{name}"
+        parts: list[Tensor] | list[Blocks] = []
+        unquantised = name in self.kept
+        if not (unquantised and there) and any(f.stored not in there for f in self.formats):
+            self.between()
+            names = {f"{prefix}.{part}.weight": num for part, num in rows.items()}
+            parts = _load_parts(self.checkpoint, names, inputs, self.device)
+            unquantised = unquantised or (self.checkpoint.holds_blocks and not isinstance(parts[0], Blocks))
+        if not unquantised:
+            return build_linears(parts, bias, self.formats, self.dtype, self.factors.get(name), there)
+        plain = next(iter(there.values()), None)  # the same in every variant
+        if plain is None:
+            plain = build_linears(parts, bias, [_UNQUANTISED], self.dtype)[_UNQUANTISED.name]
+        return dict.fromkeys([f.name for f in self.formats], plain)
 
-    stored = load("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
-    embedding = plain = stored.to(dtype)
-    if not c.tie_word_embeddings and "lm_head.weight" in checkpoint:
-        stored = load("lm_head.weight", c.vocab_size, c.hidden_size)
-        plain = stored.to(dtype)
-    quantised = [f for f in formats if f.weight is not None and HEAD not in kept]
-    heads: dict[str, Linear] = dict.fromkeys(names, PlainLinear(plain))
-    heads |= build_linears([stored], None, quantised, dtype, factors.get(HEAD))
-    del stored, plain  # may be of another dtype, or in no variant
-    layers: dict[str, list[Layer]] = {name: [] for name in names}
-    for i in range(c.num_layers):
-        layer = f"layers.{i}"
-        attention, mlp = f"model.{layer}.self_attn", f"model.{layer}.mlp"
-        qkv_rows = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        bias = None
-        if c.qkv_bias:
-            bias = torch.cat([shared(f"{attention}.{part}.bias", rows) for part, rows in qkv_rows.items()])
-        input_norm = shared(f"model.{layer}.input_layernorm.weight", c.hidden_size)
-        post_norm = shared(f"model.{layer}.post_attention_layernorm.weight", c.hidden_size)
-        q_norm = shared(f"{attention}.q_norm.weight", c.head_dim) if c.qk_norm else None
-        k_norm = shared(f"{attention}.k_norm.weight", c.head_dim) if c.qk_norm else None
-        gate_up_rows = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
-        qkv = matrices(f"{layer}.qkv_proj", attention, qkv_rows, c.hidden_size, bias)
-        out = matrices(f"{layer}.o_proj", attention, {"o_proj": c.hidden_size}, q_size)
-        gate_up = matrices(f"{layer}.gate_up_proj", mlp, gate_up_rows, c.hidden_size)
-        down = matrices(f"{layer}.down_proj", mlp, {"down_proj": c.hidden_size}, c.intermediate_size)
-        for n in names:
-            layers[n].append(Layer(input_norm, qkv[n], q_norm, k_norm, out[n], post_norm, gate_up[n], down[n]))
-    norm = shared("model.norm.weight", c.hidden_size)
-    rotary = rotary_table(c, max_len, device)
-    models = {name: Qwen(c, embedding, layers[name], norm, heads[name], rotary) for name in names}
-    return _account(formats, models, checkpoint.identity(), dtype, kept, smoothing)
+
+def recounted(variants: Mapping[str, Variant]) -> dict[str, Variant]:
+    """The same variants, counted anew: what one holds alone changes with who else is there."""
+    counted = count_bytes({name: variant.model for name, variant in variants.items()})
+    return {n: replace(v, own_bytes=counted.own[n], shared_bytes=counted.shared[n]) for n, v in variants.items()}
 
 
 def _load_parts(

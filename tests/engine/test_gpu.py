@@ -150,6 +150,44 @@ def test_steady_decode_never_waits_for_the_device(folder: Path, kind: str) -> No
     assert engine.blocks.num_used == 0
 
 
+def test_a_variant_added_later_runs_without_graphs_and_then_with_them(folder: Path) -> None:
+    """Graphs of it are captured between the steps of others, whose tokens stay the same; removed, it leaves nothing."""
+    options = {"kv_cache_tokens": 4096, "max_num_seqs": 16, "variant_headroom": 1 << 30}
+    llm = LLM(folder, device="cuda", dtype="float32", **options)
+    engine, params = llm.engine, SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    alone = [out["token_ids"] for out in llm.generate(PROMPTS, params, use_tqdm=False)]
+    torch.cuda.empty_cache()
+    allocated = torch.cuda.memory_allocated()
+    engine.add_variant("int8-row", lambda: None)
+
+    def check_added() -> int:
+        before = engine.runner.num_replays
+        outputs = llm.generate(PROMPTS, params, variant="int8-row", use_tqdm=False)
+        for prompt, out in zip(PROMPTS, outputs, strict=True):
+            agrees(folder, prompt, out["token_ids"], "int8-row")
+        return engine.runner.num_replays - before
+
+    assert engine.changes.has_captures and check_added() == 0
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(AddRequest(10**6 + i, "bf16", pack_ids(prompt), params, b"", []))
+    tokens: dict[int, list[int]] = {10**6 + i: [] for i in range(len(PROMPTS))}
+    while engine.has_work:
+        result = engine.step()
+        for number, token in zip(result.sequence_ids, result.token_ids, strict=True):
+            tokens[number].append(token)
+        if engine.changes.has_captures:
+            engine.changes.capture_next()
+    for prompt, got, want in zip(PROMPTS, tokens.values(), alone, strict=True):
+        agrees(folder, prompt, got, "bf16")
+        assert len(got) == len(want) == 48
+    while engine.changes.has_captures:
+        engine.changes.capture_next()
+    assert check_added() > 40
+    engine.begin_removal("int8-row")
+    engine.end_removal()
+    assert torch.cuda.memory_allocated() - allocated < 1 << 20  # what is left belongs to no variant
+
+
 def test_running_out_of_memory_fails_one_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(folder, device="cuda", dtype="float32", kv_cache_tokens=4096, cuda_graphs=False)
     engine = llm.engine

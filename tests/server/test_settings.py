@@ -35,6 +35,7 @@ FLAGS = {
     "--host",
     "--port",
     "--api-key",
+    "--admin-key",
     "--allowed-hosts",
     "--max-queued",
     "--max-body-mib",
@@ -109,8 +110,8 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("name", [name for name in ServerSettings.model_fields if name != "config"])
 def test_every_option_is_a_variable_and_a_key(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     field = ServerSettings.model_fields[name]
-    words = {"device": "cpu", "api_key": "k", "canary_interval": "7"}
-    word = words.get(name) or {bool: "true", int: "7", float: "0.6", str: "w"}.get(type(field.default), "int8-row")
+    words = {"device": "cpu", "api_key": "k", "gpu_memory_utilization": "0.5", "smooth_alpha": "0.7"}
+    word = words.get(name) or {bool: "true", int: "7", float: "7", str: "w"}.get(type(field.default), "int8-row")
     if get_origin(field.annotation) is Literal:
         word = get_args(field.annotation)[-1 if get_args(field.annotation)[-1] != field.default else 0]
     (tmp_path / "o.yaml").write_text(f"{name}: {word}\n")

@@ -21,7 +21,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "models" / "pocket"
+ADMIN = {"Authorization": "Bearer boss"}
 DUMMY = [str(POCKET), "--load-format", "dummy", "--threads", "1"]
+
+LOADING = ["--admin-key", "boss", "--variant-headroom", "20MB"]
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds children through /proc")
 
@@ -146,7 +149,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with two API processes for the tests that leave it as they found it."""
-    server = Server(tmp_path_factory.mktemp("server"), *DUMMY, "--variants", "bf16,int8-row", "--api-processes", "2")
+    server = Server(
+        tmp_path_factory.mktemp("server"), *DUMMY, "--variants", "bf16,int8-row", "--api-processes", "2", *LOADING
+    )
     try:
         server.wait_ready()
         yield server
@@ -254,6 +259,9 @@ def test_killed_api_processes_come_back_and_their_blocks_are_freed(server: Serve
 
 
 def test_a_killed_engine_comes_back(server: Server) -> None:
+    added = httpx.post(f"{server.url}/v1/variants", json={"name": "fp8-row"}, headers=ADMIN, timeout=60)
+    assert added.status_code == 201
+    variants = httpx.get(f"{server.url}/v1/variants").json()
     wanted = server.complete(model="pocket:int8-row").json()["choices"]
     stream = Stream(server, max_tokens=1900)
     [old] = server.children("engine.process")
@@ -267,6 +275,9 @@ def test_a_killed_engine_comes_back(server: Server) -> None:
     assert server.children("engine.process") != [old]
     assert server.complete(model="pocket:int8-row").json()["choices"] == wanted
     assert "epoch 1" in server.err.read_text()
+    assert httpx.get(f"{server.url}/v1/variants").json() == variants  # the present set, not that of the start
+    assert len(variants["data"]) == 3 and 0 < variants["headroom_bytes"] < 20_000_000
+    assert httpx.delete(f"{server.url}/v1/variants/fp8-row", headers=ADMIN, timeout=60).status_code == 200
 
 
 def test_a_stopped_engine_is_reported_and_goes_on(server: Server) -> None:

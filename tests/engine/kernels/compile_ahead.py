@@ -151,8 +151,9 @@ def multiply_with(
     every: bool = True,
 ) -> None:
     """By every tile, or the largest; with groups, whose scales cost a few registers, by the largest."""
-    tiles = list(dict.fromkeys(t for _, some in matmul.tiles_for(x.device, kind.value, x.dtype) for t in some))
-    for tile in tiles if every and not group else tiles[-1:]:
+    tiles = matmul.tiles_for(x.device, kind.value, x.dtype, group)
+    chosen = list(dict.fromkeys(t for _, some in tiles for t in some))
+    for tile in chosen if every and not group else chosen[-1:]:
         matmul.multiply(x, x_scale, w, scale, None, torch.bfloat16, group, tile)
 
 
@@ -160,10 +161,10 @@ def attend(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, caches: list[torch.dtype], *, qk_norm: bool
 ) -> None:
     lens = np.array([1, 3])
-    index = torch.zeros(4, dtype=torch.int32)
+    index = torch.zeros(17, dtype=torch.int32)
     tiles = torch.from_numpy(plan_tiles(lens, 1))
     plan = AttentionPlan(index[:2], index[:3], index[:2], lens, lens, 1, tiles)
-    qkv = torch.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    qkv = torch.zeros(17, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     norm = torch.zeros(head_dim, dtype=dtype) if qk_norm else None
     cos_sin = torch.zeros(16, head_dim)
     tables = torch.zeros(2, 4, dtype=torch.int32)
@@ -171,11 +172,14 @@ def attend(
     for stored in caches:
         pool = torch.zeros(2, 16 if stored == dtype else 32, num_kv_heads, head_dim, dtype=stored)
         cache = KVCache(pool, pool) if stored == dtype else KVCache(pool, pool, scale, scale)
-        q = rope.rope_and_store(qkv, norm, norm, 1e-6, cos_sin, index, cache, index)
+        for num_tokens in (17, 4):  # many and few
+            some = index[:num_tokens]
+            q = rope.rope_and_store(qkv[:num_tokens], norm, norm, 1e-6, cos_sin, some, cache, some)
         if stored != dtype:
             kv_widen.widened(cache, tables, plan, dtype)
         prefill_attention.prefill(q, cache, tables, plan, 0.1, q)
-        decode_attention.decode(q, cache, tables, plan, 0.1, 2, q)
+        for num_splits in (1, 2):  # few and many programs an SM
+            decode_attention.decode(q, cache, tables, plan, 0.1, num_splits, q)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def test_silu_mul(width, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("heads", [(6, 1, 128), (2, 2, 64)])
-def test_rope_and_store(heads, norm, dtype, rope_case):
-    case = rope_case(5, heads, norm=norm, dtype=dtype)
+@pytest.mark.parametrize(("heads", "num_tokens"), [((6, 1, 128), 5), ((2, 2, 64), rope._FEW_TOKENS + 1)])
+def test_rope_and_store(heads, num_tokens, norm, dtype, rope_case):
+    case = rope_case(num_tokens, heads, norm=norm, dtype=dtype)
     tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
     got = case.on_fresh_pool(rope.rope_and_store, "cpu")
     expected = case.on_fresh_pool(reference.rope_and_store, "cpu")
@@ -128,9 +128,9 @@ def test_attention_in_float16(paged_batch, split_early):
 
 @pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("heads", [(6, 1, 128), (2, 2, 64)])
-def test_rope_and_store_in_8_bits(heads, norm, kv, rope_case):
-    case = rope_case(5, heads, norm=norm, dtype=torch.float32, kv=kv)
+@pytest.mark.parametrize(("heads", "num_tokens"), [((6, 1, 128), rope._FEW_TOKENS + 1), ((2, 2, 64), 5)])
+def test_rope_and_store_in_8_bits(heads, num_tokens, norm, kv, rope_case):
+    case = rope_case(num_tokens, heads, norm=norm, dtype=torch.float32, kv=kv)
     got = case.on_fresh_pool(rope.rope_and_store, "cpu")
     expected = case.on_fresh_pool(reference.rope_and_store, "cpu")
     torch.testing.assert_close(got[0], expected[0], **FP32_TOLERANCE)

@@ -18,6 +18,7 @@ from engine.quant.quantize import dequantize
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
 SMALL_TILE = matmul.Tile(16, 32, 64, 4, 2)
+BOTH_WAYS = (SMALL_TILE, matmul.Tile(16, 32, 64, 4, 2, weight_left=False))
 
 
 def stored_weight(n: int, k: int, group: int, stored: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,9 +69,10 @@ def test_products_split_along_the_inputs(stored, group):
     tokens = reference.quantize_tokens(x, stored, group)
     expected_w8a8 = reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, group)
     for splits in (2, 3, 7):
-        got = matmul.multiply(x, None, qdata, scale, bias, torch.float32, group, SMALL_TILE, splits)
+        tile = BOTH_WAYS[splits % 2]
+        got = matmul.multiply(x, None, qdata, scale, bias, torch.float32, group, tile, splits)
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
-        got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, SMALL_TILE, splits)
+        got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, tile, splits)
         torch.testing.assert_close(got, expected_w8a8, atol=1e-3, rtol=1e-4)
 
 
@@ -80,8 +82,8 @@ def test_w8a8_matmul(shape, stored, group):
     m, n, k = shape
     qdata, scale = stored_weight(n, k, group, stored)
     tokens = reference.quantize_tokens(torch.randn(m, k), stored, group)
-    for bias in (torch.randn(n), None):
-        got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, SMALL_TILE)
+    for bias, tile in zip((torch.randn(n), None), BOTH_WAYS, strict=True):
+        got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, tile)
         expected = reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, group)
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
 
@@ -95,9 +97,18 @@ def test_products_of_two_digits(stored, group):
         qdata, scale = stored_weight(n, k, group, stored)
         tokens = reference.split_tokens(x, stored)
         expected = reference.digits_matmul(*tokens, qdata, scale, bias, torch.float32, group)
-        for splits in (1, 2):
-            got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, SMALL_TILE, splits)
+        for splits, tile in zip((1, 2), BOTH_WAYS, strict=True):
+            got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, tile, splits)
             torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_two_digits_stand_for_the_activations(stored):
+    """The product of the digits is that of the 16-bit activations, to 2^-16 of the largest for each input."""
+    x, (qdata, scale) = torch.randn(5, 192).bfloat16(), stored_weight(24, 192, 0, stored)
+    got = reference.digits_matmul(*reference.split_tokens(x, stored), qdata, scale, None, torch.float32)
+    bound = x.abs().amax(1, keepdim=True).float() * 2**-16 @ (qdata.float().abs() * scale).sum(1)[None]
+    assert ((got - reference.weight_only_matmul(x.float(), qdata, scale)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

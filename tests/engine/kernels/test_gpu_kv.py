@@ -69,6 +69,23 @@ def test_attention(model, mix, kv, paged_batch):
 
 
 @pytest.mark.parametrize("kv", EIGHT_BIT)
+@pytest.mark.parametrize("model", HEADS)
+def test_contexts_are_widened_to_the_bit(model, kv, paged_batch):
+    lens, contexts = MIXES["two prompts and decodes"][:2]
+    batch = paged_batch(
+        lens, contexts, 2, heads=HEADS[model], block_size=32, dtype=torch.bfloat16, device="cuda", kv=kv, apart=True
+    )
+    with never_waiting():
+        cache, tables, plan = kv_widen.widened(batch.cache, batch.block_tables, batch.plan, torch.bfloat16)
+    for sequence in (2, 3):
+        table = tables[plan.rows[sequence]][: -(-contexts[sequence] // 32)]
+        for widened, values in ((cache.k, batch.keys), (cache.v, batch.values)):
+            assert torch.equal(
+                widened[table].flatten(0, 1)[: contexts[sequence]], values[sequence].to("cuda", torch.bfloat16)
+            )
+
+
+@pytest.mark.parametrize("kv", EIGHT_BIT)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-4), (torch.float16, 5e-3)])
 @pytest.mark.parametrize("heads", [(14, 2, 64), (8, 1, 128), (3, 3, 128)])
 def test_attention_in_other_types_and_groups(heads, dtype, bound, kv, paged_batch):

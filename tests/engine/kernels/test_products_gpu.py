@@ -91,19 +91,21 @@ def fp8_products() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
-@pytest.mark.parametrize("num_rows", [n for n in ROWS if n <= matmul.DIGIT_ROWS])
 @pytest.mark.parametrize("group", [0, 64, 128, 512])
+@pytest.mark.parametrize("num_rows", [n for n in ROWS if n <= matmul.DIGIT_ROWS])
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("model", LINEARS)
 def test_weight_only_matmul(model, stored, group, num_rows):
     """In two digits, the activations keep 15 bits of the largest of a token."""
+    if group and num_rows > matmul.GROUPED_DIGIT_ROWS:
+        pytest.skip("multiplied as in the twin, which rounds the weights: tested below")
     for n, k, has_bias in matrices(model):
         x = torch.randn(num_rows, k, device="cuda").bfloat16()
         qdata, scale = stored_weight(n, k, group, stored)
         bias = torch.randn(n, device="cuda").bfloat16() if has_bias else None
         got = without_waiting(kernels.weight_only_matmul, x, qdata, scale, bias, group)
         expected = reference.weight_only_matmul(x.float(), qdata, scale, widened(bias), group)
-        if num_rows > 1 and stored != torch.int8 and fp8_products():
+        if matmul.takes_digits(x, stored, group) and stored != torch.int8:
             close_in_fp8(got, expected, k)
         else:
             close(got, expected, 5e-4)

@@ -21,7 +21,7 @@ from engine.quant.variants import build_linears
 
 POCKET = Path(__file__).resolve().parents[3] / "models" / "pocket"
 SMOOTH = ["w8a8-int8-row-smooth", "w8a8-fp8-row-smooth"]
-TEXT = (POCKET / "prose.txt").read_text(encoding="utf-8")[:1500]
+TEXT = (POCKET / "prose.txt").read_text(encoding="utf-8")[:1000]
 
 
 @pytest.fixture(scope="module")
