@@ -37,7 +37,7 @@ class Ahead:
     begun: list[subprocess.Popen[str]]
 
     def run(self, words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        command = ["nice", "-n", "10", sys.executable, *words]
+        command = ["nice", "-n", "5", sys.executable, *words]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
             self.begun.append(process)
