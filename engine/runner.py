@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Assembled, Tables, assemble, prefill_batch
+from engine.batch import Assembled, Tables, assemble, decode_batch, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
 from engine.kv_pool import KVPool, tokens_per_block
@@ -174,11 +174,16 @@ class Runner:
         """Run a variant once for a range of rows that has kernels of its own, so that none compiles later."""
         spare = self.tables.tokens.shape[0] - 1
         batch = prefill_batch(spare, min(num_rows, self.max_model_len), self.tables)
-        self.models[variant].forward(batch, self.kv[variant])
-        if num_rows == WARM_UP_ROWS[-1]:  # and as of a later part of a prompt: see `kv_widen`
-            contexts = batch.plan.context_lens_host + self.max_model_len
-            later = replace(batch, plan=replace(batch.plan, context_lens_host=contexts))
-            self.models[variant].forward(later, self.kv[variant])
+        batches = [batch]
+        if num_rows == WARM_UP_ROWS[-1]:
+            contexts = batch.plan.context_lens_host + self.max_model_len  # of a later part of a prompt: see `kv_widen`
+            batches.append(replace(batch, plan=replace(batch.plan, context_lens_host=contexts)))
+            for size in (1, self.config.max_num_seqs) if self.graphs is None else ():
+                rows = torch.full((size,), spare, dtype=torch.int32, device=self.device)
+                batches.append(decode_batch(rows, torch.zeros_like(rows), self.tables, self.block_sizes[variant]))
+        model, most = self.models[variant], max(PROMPT_LOGPROB_ROWS, self.config.max_num_seqs)
+        for batch in batches:
+            model.logits(model.forward(batch, self.kv[variant])[:most])
         torch.cuda.synchronize()
 
     def _load(self, formats: list[Format], max_len: int) -> dict[str, Variant]:

@@ -67,6 +67,9 @@ class VariantChanges:
             ) from None
         except ModelError as e:
             raise VariantRefused("variant_unavailable", str(e)) from None
+        except VariantRefused:
+            self._forget(name)
+            raise
         runner.variants = recounted(runner.variants | {name: variant})
         self._queue_captures(name)
 

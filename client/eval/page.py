@@ -17,11 +17,11 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-spa
 th, td { padding: .2rem .55rem; text-align: right; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #888; } th:first-child, td:first-child { text-align: left; }
 td.worse { background: #fbdada; } td.better { background: #daf3da; } td.noise { color: #777; }
-.chart { display: inline-block; max-width: 100%; margin-right: 1rem; }
+.chart { display: inline-block; max-width: 100%; margin-right: .5rem; }
 svg { max-width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: #333; paint-order: stroke; stroke: #fff; stroke-width: 3px; }
 """
-WIDTH, HEIGHT = 640, 360
+WIDTH, HEIGHT = 620, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 30, 45  # margins
 MOST_NAMES = 8  # points in a chart that all have their names; of more, only bf16 and those on the line
 

@@ -181,8 +181,11 @@ async def measure(args: argparse.Namespace) -> list[Comparison]:
     print_table([figures(r) for r in found if r["task"] != Throughput.name])
     print_table([speeds(r) for r in found if r["task"] == Throughput.name])
     print_table([_row(c) for c in comparisons])
-    if suite:
+    if suite and found:
         write_report(args, held, Outcome(found, missing | outcome.missing), comparisons, bench)
+    if args.variants is not None and outcome.missing:  # the user named it; a preset's are in the report
+        said = "; ".join(f"{name} was not measured: {reason}" for name, reason in outcome.missing.items())
+        raise data.EvalError(said)
     return comparisons
 
 

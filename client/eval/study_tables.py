@@ -131,7 +131,7 @@ def _claims(findings: Findings) -> list[str]:
         )
     elif all(c.low is not None for c in fakes):
         lowest = min(fakes, key=lambda c: (c.low or 0.0) / c.base)
-        said.append(f"No interval reaches down to {claimed}; the lowest is {lowest.second}'s, {_share(lowest)}.")
+        said.append(f"No interval reaches down to -{claimed}; the lowest is {lowest.second}'s, {_share(lowest)}.")
     apart = []
     for c in fakes:
         real = findings.compared(c.second.removesuffix("-fake"), "wikitext", "windows")

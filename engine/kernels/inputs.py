@@ -53,7 +53,8 @@ def decode_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     for t in (rows, contexts, tokens, blocks):
         assert t.dtype == torch.int32 and t.stride(-1) == 1
-    token_ids, positions, slots = rows.new_empty(3, len(rows))
+    # each begins on 16 bytes: Triton compiles another version of a kernel for one that does not
+    token_ids, positions, slots = rows.new_empty(3, triton.cdiv(len(rows), 4) * 4)[:, : len(rows)]
     decode_inputs_kernel[(triton.cdiv(len(rows), _SEQUENCES),)](
         rows,
         contexts,

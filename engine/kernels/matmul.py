@@ -4,8 +4,8 @@ One row goes through `gemv.py`. From two rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
 token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
-That takes as many operations as widened weights would, at twice the rate, and no instruction to widen them: on sm_90
-these cost more than the bytes they save. More rows than that: the weights are widened once, into scratch, and the
+That takes twice the operations of widened weights, at twice the rate, and no instruction to widen them: on sm_90 these
+cost more than the bytes they save. More rows than that: the weights are widened once, into scratch, and the
 library multiplies. Where the chip has no 8-bit product of these types, weights are widened inside the kernel.
 
 The kernel: out is cut into tiles, a program for each, which walks the inputs, loading some steps ahead. For few rows
@@ -291,8 +291,10 @@ def weight_only_matmul(
 
 def takes_digits(x: Tensor, stored: torch.dtype, group_size: int) -> bool:
     """Whether so many rows, of this dtype and on this device, meet weights of `stored` in two digits."""
-    if not x.is_cuda or x.itemsize != 2 or (stored != torch.int8 and chip.capability(x.device) < (8, 9)):
+    if not x.is_cuda or x.itemsize != 2:
         return False
+    if stored != torch.int8 and (chip.capability(x.device) < (8, 9) or x.dtype != torch.bfloat16):
+        return False  # two FP8 digits have the 8 bits of bf16, not fp16's 11
     return 1 < x.shape[0] <= (GROUPED_DIGIT_ROWS if group_size else DIGIT_ROWS)
 
 

@@ -49,10 +49,17 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def main(folder: Path, variants: list[str]) -> None:
+def main(folder: Path, variants: list[str], cuda_graphs: bool) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    sizes = {"max_num_seqs": 37, "kv_cache_tokens": 1 << 17}
-    llm = LLM(folder, variants, device="cuda", load_format="dummy", **sizes)  # type: ignore[arg-type]
+    llm = LLM(
+        folder,
+        variants,
+        device="cuda",
+        load_format="dummy",
+        max_num_seqs=37,
+        kv_cache_tokens=1 << 17,
+        cuda_graphs=cuda_graphs,
+    )
     engine = llm.engine
     before = engine.compiles_before_ready
     rng = random.Random(0)
@@ -68,11 +75,11 @@ def main(folder: Path, variants: list[str]) -> None:
         params = SamplingParams(max_tokens=5, detokenize=False, **options)
         llm.generate([[1, 2, 3]], params, use_tqdm=False)
     after = list(engine.compiled_after_ready)
-    silu_mul(torch.zeros(1, 2 * 777, dtype=torch.float64, device="cuda"))  # a version that no request asks for
+    silu_mul(torch.zeros(1, 2 * 777, dtype=torch.float16, device="cuda"))  # a version that no request asks for
     llm.generate([[1]], SamplingParams(max_tokens=1), use_tqdm=False)
     late = engine.compiled_after_ready[len(after) :]
     print(json.dumps({"before": before, "after": after, "late": late}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2].split(","))
+    main(Path(sys.argv[1]), sys.argv[2].split(","), cuda_graphs=sys.argv[3] == "graphs")

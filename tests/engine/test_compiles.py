@@ -44,6 +44,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.timeout(300)
 def test_each_new_version_of_a_kernel_is_noted_once(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the cache on disk
         done = run("-c", COMPILE_TWICE, TRITON_CACHE_DIR=str(tmp_path))
@@ -55,10 +56,17 @@ def test_each_new_version_of_a_kernel_is_noted_once(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "variants", ["bf16,bf16+kv8", "int8-row,fp8-g128+kvint8", "w8a8-int8-row", "w8a8-fp8-row,w8a8-fp8-block"]
+    ("variants", "graphs"),
+    [
+        ("bf16,bf16+kv8", "graphs"),
+        ("bf16,bf16+kv8", "eager"),
+        ("int8-row,fp8-g128+kvint8", "graphs"),
+        ("w8a8-int8-row", "graphs"),
+        ("w8a8-fp8-row,w8a8-fp8-block", "graphs"),
+    ],
 )
-def test_nothing_is_compiled_after_ready(variants: str, tmp_path: Path) -> None:
-    done = run(str(HERE / "serve_everything.py"), str(tmp_path), variants)
+def test_nothing_is_compiled_after_ready(variants: str, graphs: str, tmp_path: Path) -> None:
+    done = run(str(HERE / "serve_everything.py"), str(tmp_path), variants, graphs)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["before"] > 0 and found["after"] == []

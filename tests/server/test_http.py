@@ -120,7 +120,7 @@ def test_a_client_that_leaves_while_waiting_for_its_turn(served):
         connection.close()
     time.sleep(PAGE_SECONDS)
     served.wait_for_metric(USED, 0, seconds=2)
-    served.wait_for_metric('octavo_requests_waiting{variant="bf16"}', 0)
+    served.wait_for_metric('vllm:num_requests_waiting{model_name="pocket:bf16"}', 0)
 
 
 def test_a_slow_reader_gets_everything(served):
@@ -184,12 +184,12 @@ def test_every_api_process_serves_the_same_metrics_page(served):
         "octavo_decode_tokens_total",
         "octavo_decode_seconds_total",
         "octavo_requests_running",
-        "octavo_requests_waiting",
         "octavo_preemptions_total",
         "octavo_prefix_cache_queries_total",
         "octavo_prefix_cache_hits_total",
     ):
         assert all(f'{name}{{variant="{v}"}} ' in page for v in ("bf16", "int8-row", "fp8-row"))
+    assert 'octavo_requests_waiting{reason="blocks",variant="int8-row"} ' in page
     assert 'octavo_requests_total{endpoint="completions",status="200",variant="bf16"} ' in page
     assert "octavo_build_info{" in page
 

@@ -18,6 +18,7 @@ from tests.client.eval.test_data import write_jsonl
 from tests.client.eval.test_mmlu import EXAM
 from tests.client.eval.test_suite import error_of
 from tests.client.eval.test_suite import scripted as answering
+from tests.server.conftest import start, stop
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +162,21 @@ def test_a_dry_run_loads_nothing(stub: Stub, tmp_path: Path, capsys: pytest.Capt
     assert lines[2] == "  together: int8-tensor" and lines[-1].startswith("About 0 minutes")
     assert any(line.split()[:2] == ["mmlu-direct", str(8 * 30)] for line in lines)
     assert room.log == [] and not (tmp_path / "r").exists()
+
+
+def test_a_real_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Room for one 8-bit variant of the bundled model, and for no fake one."""
+    server = start("--admin-key", "boss", "--variant-headroom", "10MiB")
+    try:
+        said = error_of(
+            capsys,
+            *["mmlu", "--url", server.url, "--out", str(tmp_path), "--limit", "9", "--admin-key", "boss"],
+            *["--variants", "int8-row,fp8-row,int8-row-fake,bf16"],
+        )
+        assert said.startswith("int8-row-fake was not measured: ") and "bytes" in said
+        for variant in ("bf16", "int8-row", "fp8-row"):
+            assert results.load(tmp_path / "pocket" / variant / "mmlu-direct.json")["figures"]["n"] == 9
+        with server.client() as client:
+            assert [card["variant"] for card in client.get("/v1/models").json()["data"]] == ["bf16", "bf16"]
+    finally:
+        stop(server)

@@ -231,7 +231,7 @@ def test_the_studys_tables() -> None:
     assert errors.rows[1] == ["16x512, element", "tensor", "0.010100 ± 0.000500", "0.022600 ± 0.000100", "2.24"]
     claims = next(b for b in blocks if isinstance(b, Bullets)).items
     assert "lowered perplexity by 17 %" in claims[0] and claims[1].startswith("Of 1 fake formats none")
-    assert claims[2].startswith("No interval reaches down to 17 %; the lowest is int8-row-fake's")
+    assert claims[2].startswith("No interval reaches down to -17 %; the lowest is int8-row-fake's")
     assert set(map(len, (row for b in blocks if isinstance(b, Table) for row in [*b.rows, b.columns]))) <= {2, 5}
     assert "As in the study" in markdown("T", build(found)) and "As in the study" not in markdown(
         "T", build(findings())

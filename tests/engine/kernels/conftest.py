@@ -1,6 +1,6 @@
 """Builders that the kernel tests share: paged batches whose pool is NaN where nothing may read, and what they mean.
 
-And what `test_kernels.AHEAD` names runs in processes that begin with the session, a little behind the tests.
+And what `test_kernels.AHEAD` names runs in processes that begin with the session, behind the other tests.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,28 @@ from engine.kernels import AttentionPlan, KVCache, plan_tiles
 from engine.kernels.reference import quantize_kv
 
 ROOT = Path(__file__).resolve().parents[3]
-STARTED = pytest.StashKey[dict[Any, subprocess.Popen[str]]]()
 CACHES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 NOT_A_NUMBER = 0x7F  # as e4m3; as int8 it is 127, and its scale is NaN
+
+
+@dataclass
+class Ahead:
+    """Commands that run two at a time and behind the tests: their futures by key, and the processes that have begun."""
+
+    pool: ThreadPoolExecutor
+    futures: dict[Any, Future[subprocess.CompletedProcess[str]]]
+    begun: list[subprocess.Popen[str]]
+
+    def run(self, words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        command = ["nice", "-n", "5", sys.executable, *words]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+            self.begun.append(process)
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+AHEAD = pytest.StashKey[Ahead]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -34,35 +54,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if jobs is None or session.config.option.collectonly:
         return
     folder = session.stash[CACHES] = tempfile.TemporaryDirectory(prefix="triton-")
-    session.stash[STARTED] = {}
+    ahead = session.stash[AHEAD] = Ahead(ThreadPoolExecutor(2), {}, [])
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     for number, (key, (words, more)) in enumerate(jobs.items()):
         env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": f"{folder.name}/{number}"}
-        command = ["nice", "-n", "5", sys.executable, *words]
-        pipe = subprocess.PIPE
-        session.stash[STARTED][key] = subprocess.Popen(
-            command, cwd=ROOT, env=env | more, stdout=pipe, stderr=pipe, text=True
-        )
+        ahead.futures[key] = ahead.pool.submit(ahead.run, words, env | more)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    for process in session.stash.get(STARTED, {}).values():
+    if AHEAD not in session.stash:
+        return
+    ahead = session.stash[AHEAD]
+    ahead.pool.shutdown(wait=False, cancel_futures=True)
+    for process in ahead.begun:
         process.kill()
-        process.communicate()
-    if CACHES in session.stash:
-        session.stash[CACHES].cleanup()
+    ahead.pool.shutdown()
+    session.stash[CACHES].cleanup()
 
 
 @pytest.fixture
 def ahead(request: pytest.FixtureRequest) -> Callable[[Any], subprocess.CompletedProcess[str]]:
     """Waits for what began with the session, by its key."""
-
-    def wait(key: Any) -> subprocess.CompletedProcess[str]:
-        process = request.session.stash[STARTED].pop(key)
-        out, err = process.communicate()
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    return wait
+    return lambda key: request.session.stash[AHEAD].futures[key].result()
 
 
 @dataclass

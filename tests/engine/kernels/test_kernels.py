@@ -31,13 +31,13 @@ AHEAD: dict[Any, tuple[list[str], dict[str, str]]] = {
 Wait = Callable[[Any], subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_kernels_equal_their_twins_under_the_interpreter(ahead: Wait):
     done = ahead("interpreted")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("capability", "dtype"), COMPILED)
 def test_kernels_compile_and_fit(capability: int, dtype: str, ahead: Wait):
     done = ahead((capability, dtype))

