@@ -93,7 +93,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
         ranking.survey(torch.zeros(2, 151936, dtype=dtype), k, 151669)
     known = len(compiled)
     odd, ints = torch.zeros(3, 151936, dtype=dtype), torch.zeros(7, dtype=torch.int32)
-    sample.draw(odd, odd[:, 0].float(), None, odd[:, 0].float(), ints[:3], ints[:3].clone(), ints[1:4], 151669)
+    three = torch.zeros(3)
+    sample.draw(odd, three, None, three.clone(), ints[:3], ints[:3].clone(), ints[1:4], 151669)
     ranking.survey(odd, 5, 151669)
     assert len(compiled) == known, "a batch of another size must not need another version"
     multiply(capability, dtype)
