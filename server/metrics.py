@@ -248,7 +248,8 @@ class StatusCollector(Collector):
 
     def _engine(self, info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
         """The engine's own counts; they begin anew with a new engine."""
-        variants = stats.variants
+        loaded = {v.name for v in info.variants}  # stats may be a heartbeat older and name one that is gone
+        variants = {n: s for n, s in stats.variants.items() if n in loaded}
         for field, (metrics, text) in VARIANT_COUNTERS.items():
             for metric in metrics:
                 own = metric.startswith("octavo")

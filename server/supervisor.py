@@ -14,16 +14,12 @@ the old one had. No torch and no asyncio here.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -45,12 +41,12 @@ from engine.messages import (
     Shutdown,
     Status,
 )
-from engine.quant.formats import AUTO, parse_format
 from server.api_config import ApiConfig
 from server.checkpoint import check_checkpoint, resolve_model
 from server.child import Child
 from server.ready import ready_fields, ready_text, server_url
 from server.settings import PROG, ServerSettings, load_settings
+from server.start import StartError, check_variants, dry_run, listen, private_folder
 
 log = logging.getLogger("octavo")
 
@@ -62,10 +58,6 @@ KILL_SECONDS = 60.0  # stalled that long, the engine is killed and started anew
 DEATH_WINDOW_SECONDS = 60.0
 MAX_DEATHS = 3  # within the window; of the engine, and for each API process's place
 MARGIN_SECONDS = 5.0  # what children get beyond the time they were asked to end in
-
-
-class StartError(Exception):
-    """The server cannot start or go on. The message is one line for the user, empty when a child has said why."""
 
 
 class Supervisor:
@@ -95,7 +87,7 @@ class Supervisor:
         self.signals: list[int] = []
 
     def __enter__(self) -> Supervisor:
-        self.ipc_dir = _private_folder()
+        self.ipc_dir = private_folder()
         self.context = zmq.Context()
         self.report = self._socket(zmq.PULL)
         self.report.bind(self._endpoint(REPORT_ENDPOINT))
@@ -394,48 +386,6 @@ def _recent(deaths: deque[float], now: float) -> int:
     return len(deaths)
 
 
-def _private_folder() -> Path:
-    """A fresh folder that only this user may enter, with a path short enough for a Unix socket (107 bytes)."""
-    folder = tempfile.mkdtemp(prefix="octavo-")
-    if len(os.fsencode(folder)) > 90:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
-    return Path(folder)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as e:
-        why = e.strerror if isinstance(e, socket.gaierror) or not e.errno else os.strerror(e.errno)
-        raise StartError(f"cannot listen on {host} port {port}: {why}") from None
-
-
-def _dry_run(settings: ServerSettings) -> int:
-    """Print the plan; the exit code. A folder without weights, or a hub id, is planned from its configuration."""
-    _check_variants(settings.variants)
-    folder = resolve_model(settings.model, "dummy")
-    engine = settings.engine_config(folder)
-    if any(folder.glob("*.safetensors")):
-        check_checkpoint(folder, settings.load_format)
-    else:
-        engine = msgspec.structs.replace(engine, load_format="dummy")
-    # engine.dry_run.DryRunConfig, spelled out: importing it would import torch.
-    config = msgspec.json.encode({"engine": engine, "gpu_memory": settings.gpu_memory}) + b"\n"
-    return subprocess.run([sys.executable, "-P", "-m", "engine.dry_run"], input=config, check=False).returncode
-
-
-def _check_variants(names: Sequence[str]) -> None:
-    """Refuse an unknown variant now, not after the engine has loaded torch."""
-    try:
-        for name in names:
-            if name != AUTO:
-                parse_format(name)
-    except ValueError as e:
-        raise StartError(str(e)) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """The console script octavo-serve. Exit codes: 0 ended by a signal, 1 cannot start or go on, 2 wrong options."""
     started = time.monotonic()
@@ -445,9 +395,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)  # the hub's requests, one line each
     try:
         if settings.dry_run:
-            return _dry_run(settings)
-        with _listen(settings.host, settings.port) as listener:
-            _check_variants(settings.variants)
+            return dry_run(settings)
+        with listen(settings.host, settings.port) as listener:
+            check_variants(settings.variants)
             folder = resolve_model(settings.model, settings.load_format)
             check_checkpoint(folder, settings.load_format)
             log.info("loading %s with %s", settings.model, ", ".join(settings.variants))
