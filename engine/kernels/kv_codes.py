@@ -29,11 +29,15 @@ _E4M3_SM89 = tl.constexpr("""{
     cvt.rn.f16x2.e4m3x2 $0, low;
     cvt.rn.f16x2.e4m3x2 $1, high;
 }""")
-_E4M3_SM80 = tl.constexpr("""{
+
+
+def _e4m3_sm80(first: str, second: str) -> tl.constexpr:
+    """first, second: which bytes of the register go to the upper halves of the two results (`prmt`'s selectors)."""
+    return tl.constexpr(f"""{{
     .reg .b32 a, b, c, d, unit;
     mov.b32 unit, 0x5c005c00;
-    prmt.b32 a, 0, $2, 0x5040;
-    prmt.b32 b, 0, $2, 0x7060;
+    prmt.b32 a, 0, $2, {first};
+    prmt.b32 b, 0, $2, {second};
     shr.u32 c, a, 1;
     shr.u32 d, b, 1;
     and.b32 c, c, 0x3f803f80;
@@ -42,16 +46,23 @@ _E4M3_SM80 = tl.constexpr("""{
     lop3.b32 b, b, 0x80008000, d, 0xea;
     mul.f16x2 $0, a, unit;
     mul.f16x2 $1, b, unit;
-}""")
-_INT8 = tl.constexpr("""{
+}}""")
+
+
+def _int8(first: str, second: str) -> tl.constexpr:
+    """As `_e4m3_sm80`, of the lower halves."""
+    return tl.constexpr(f"""{{
     .reg .b32 flipped, a, b, bias;
     mov.b32 bias, 0xe480e480;
     xor.b32 flipped, $2, 0x80808080;
-    prmt.b32 a, flipped, 0x64646464, 0x4140;
-    prmt.b32 b, flipped, 0x64646464, 0x4342;
+    prmt.b32 a, flipped, 0x64646464, {first};
+    prmt.b32 b, flipped, 0x64646464, {second};
     add.f16x2 $0, a, bias;
     add.f16x2 $1, b, bias;
-}""")
+}}""")
+
+
+_E4M3_SM80, _INT8 = _e4m3_sm80("0x5040", "0x7060"), _int8("0x4140", "0x4342")
 # Two pairs of codes in one register to fp16: the first of both, the second of both.
 _E4M3_PAIRS_SM89 = tl.constexpr("""{
     .reg .b32 sorted;
@@ -61,29 +72,7 @@ _E4M3_PAIRS_SM89 = tl.constexpr("""{
     cvt.rn.f16x2.e4m3x2 $0, low;
     cvt.rn.f16x2.e4m3x2 $1, high;
 }""")
-_E4M3_PAIRS_SM80 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, unit;
-    mov.b32 unit, 0x5c005c00;
-    prmt.b32 a, 0, $2, 0x6040;
-    prmt.b32 b, 0, $2, 0x7050;
-    shr.u32 c, a, 1;
-    shr.u32 d, b, 1;
-    and.b32 c, c, 0x3f803f80;
-    and.b32 d, d, 0x3f803f80;
-    lop3.b32 a, a, 0x80008000, c, 0xea;
-    lop3.b32 b, b, 0x80008000, d, 0xea;
-    mul.f16x2 $0, a, unit;
-    mul.f16x2 $1, b, unit;
-}""")
-_INT8_PAIRS = tl.constexpr("""{
-    .reg .b32 flipped, a, b, bias;
-    mov.b32 bias, 0xe480e480;
-    xor.b32 flipped, $2, 0x80808080;
-    prmt.b32 a, flipped, 0x64646464, 0x4240;
-    prmt.b32 b, flipped, 0x64646464, 0x4341;
-    add.f16x2 $0, a, bias;
-    add.f16x2 $1, b, bias;
-}""")
+_E4M3_PAIRS_SM80, _INT8_PAIRS = _e4m3_sm80("0x6040", "0x7050"), _int8("0x4240", "0x4341")
 
 
 @triton.jit
