@@ -66,14 +66,14 @@ def quantize_values(raw, dtype: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.cons
         value = tl.minimum(tl.maximum((value + _ROUND) - _ROUND, -128.0), 127.0)
     else:
         # Divided by one reciprocal and a correction: rounded as a division is (Markstein, 1990), where no remainder is
-        # lost to underflow, so tiny scales are lifted first. In this order of signs -0 stays -0.
+        # lost to underflow, so tiny scales are lifted first. The correction would turn -0 into 0.
         lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
         divisor = tl.where(scale == 0.0, 1.0, scale * lift)
         inverse = tl.broadcast_to(tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), divisor)[:, None], (PARTS, SPAN))
         value *= lift[:, None]
         quotient = value * inverse
         excess = tl.fma(quotient, tl.broadcast_to(divisor[:, None], (PARTS, SPAN)), -value)
-        value = tl.fma(-excess, inverse, quotient)
+        value = tl.where(quotient == 0.0, quotient, tl.fma(-excess, inverse, quotient))
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     return value.to(dtype), scale
 

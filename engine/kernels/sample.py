@@ -69,7 +69,10 @@ def _is_open(above, limits, row, num_parts, MAX_PARTS: tl.constexpr):
     return tl.sum(tl.load(above + row * num_parts + part, mask=part < num_parts, other=0.0)) >= tl.load(limits + row)
 
 
-@triton.jit(do_not_specialize=["num_ids", "round_"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(
+    do_not_specialize=["num_ids", "round_"],
+    do_not_specialize_on_alignment=["positions", "seed_low", "seed_high"],  # of one row they are columns of a table
+)
 def draw_kernel(
     logits,
     temperature,
@@ -205,7 +208,10 @@ def above_kernel(
     tl.store(above + at, mass)
 
 
-@triton.jit(do_not_specialize=["num_ids", "num_parts"], do_not_specialize_on_alignment=["positions"])
+@triton.jit(
+    do_not_specialize=["num_ids", "num_parts"],
+    do_not_specialize_on_alignment=["positions", "seed_low", "seed_high"],
+)
 def settle_kernel(
     logits,
     temperature,

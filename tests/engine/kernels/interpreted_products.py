@@ -160,6 +160,7 @@ def test_tokens_are_quantised_as_the_definition_says(stored, group, dtype):
     x[1] = 0.0
     x[2, 5] = 300.0
     x[3] = torch.arange(300) / 2 - 64
+    x[4, :100] = -0.0
     for pre_scale in (None, torch.rand(300) * 3):
         qdata, scale = convert.quantize_tokens(x, stored, group, pre_scale)
         expected, expected_scale = reference.quantize_tokens(x, stored, group, pre_scale)
@@ -168,6 +169,8 @@ def test_tokens_are_quantised_as_the_definition_says(stored, group, dtype):
         # The interpreter's conversion to fp8 loses the carry where rounding reaches the next power of two; a GPU's does
         # not.
         assert same.all() if stored == torch.int8 else same.float().mean() > 0.95
+        if stored != torch.int8:
+            assert qdata[4, :100].float().signbit().all()  # -0 stays -0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -202,6 +202,7 @@ def test_norms_and_silu_quantise_as_the_two_kernels_one_after_the_other(model, s
     x, residual = (torch.randint(-9, 10, (num_rows, hidden), device="cuda").bfloat16() for _ in range(2))
     weight, codes = torch.rand(hidden, device="cuda").bfloat16(), Codes(stored, group)
     gate_up = torch.randn(num_rows, 2 * intermediate, device="cuda").bfloat16() * 3
+    gate_up[:, 5] = -0.0
     normed, total = kernels.add_rms_norm(x, residual, weight, 1e-6, codes)
     assert torch.equal(total, x + residual)
     for got, expected in (
@@ -267,5 +268,5 @@ def test_products_can_be_captured_and_replayed():
         first.fill_(torch.nan)
         second.fill_(torch.nan)
         graph.replay()
-        close(first, reference.weight_only_matmul(x.float(), qdata, scale))
-        close(second, reference.weight_only_matmul(first.float(), qdata, scale))
+        close(first, reference.weight_only_matmul(x.float(), qdata, scale), 5e-4)  # in two digits, as above
+        close(second, reference.weight_only_matmul(first.float(), qdata, scale), 5e-4)
