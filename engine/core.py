@@ -357,10 +357,11 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
-    budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
+    budget = max(config.max_num_batched_tokens or (8192 if on_gpu else 2048), config.max_num_seqs)
     return msgspec.structs.replace(
         config,
         variants=variants,
-        max_num_batched_tokens=max(budget, config.max_num_seqs),
+        max_num_batched_tokens=budget,
+        max_prefill_beside_decode=config.max_prefill_beside_decode or budget,
         overlap=on_gpu if config.overlap is None else config.overlap,
     )

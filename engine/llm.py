@@ -84,7 +84,8 @@ class _Output:
 
 
 class LLM:
-    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields.
+    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields and have its defaults, but
+    for one: nobody watches a stream here, so only the budget bounds prefill beside decode.
 
     nano-vLLM's `enforce_eager` (no CUDA graphs) and `tensor_parallel_size=1` are accepted.
     Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.
@@ -101,6 +102,7 @@ class LLM:
             raise ModelError(
                 f"unknown option {sorted(unknown)[0]!r}; options: {', '.join(EngineConfig.__struct_fields__)}"
             )
+        options.setdefault("max_prefill_beside_decode", 0)
         self.engine = Engine(EngineConfig(model=str(model), variants=names, **options))
         path = Path(model) / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
