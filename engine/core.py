@@ -162,9 +162,14 @@ class Engine:
         self.changes.remove(name)
         self.revision += 1
 
-    def add(self, request: AddRequest) -> None:
-        """Queue a request's n sequences. It has been validated by `sequence.check_params`, and `takes` its variant."""
-        prompt, params, now = unpack_ids(request.prompt), request.params, time.monotonic()
+    def add(self, request: AddRequest, prompt: list[int] | None = None) -> None:
+        """Queue a request's n sequences. It has been validated by `sequence.check_params`, and `takes` its variant.
+
+        prompt: its ids, where they were never packed.
+        """
+        params, now = request.params, time.monotonic()
+        if prompt is None:
+            prompt = unpack_ids(request.prompt)
         if not self.has_work:
             self._last_batch = None
         first_seed = secrets.randbits(63) if params.seed is None else params.seed
