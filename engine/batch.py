@@ -4,7 +4,7 @@ The device holds, by row (a running sequence's place): its token ids, its block 
 host sends deltas; the ids that a batch feeds to the model are read from the device's own token table, because the
 newest of them may not have reached the host.
 
-Letters: T tokens of the batch, B sequences, N of them sampled, S rows.
+Letters: T tokens of the batch, B sequences, N of them sampled, P prompt logprobs that are owed, S rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine import kernels, sampling
 from engine.kernels import AttentionPlan, plan_tiles
-from engine.models.qwen import Batch
+from engine.models.qwen import Batch, Wanted
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_device, upload
@@ -79,16 +79,21 @@ def decode_batch(rows: Tensor, contexts: Tensor, tables: Tables, block_size: int
     """
     num, max_len = rows.shape[0], tables.tokens.shape[1] - 1
     token_ids, positions, slots = kernels.decode_inputs(rows, contexts, tables.tokens, tables.blocks, block_size)
-    starts = torch.arange(num + 1, dtype=torch.int32, device=rows.device)
-    ones, longest = np.ones(num, dtype=np.int32), np.full(num, max_len, dtype=np.int32)
-    tiles = rows.new_empty((0, 2))
     return Batch(
         token_ids=token_ids,
         positions=positions,
         slots=slots,
         block_tables=tables.blocks,
-        plan=AttentionPlan(rows, starts, contexts, ones, longest, num, tiles),
+        plan=decode_plan(rows, contexts, np.full(num, max_len, dtype=np.int32)),
     )
+
+
+def decode_plan(rows: Tensor, contexts: Tensor, contexts_host: Ints) -> AttentionPlan:
+    """Attention of one token of each of N sequences. rows, contexts [N] int32."""
+    num = rows.shape[0]
+    starts = torch.arange(num + 1, dtype=torch.int32, device=rows.device)
+    ones, tiles = np.ones(num, dtype=np.int32), rows.new_empty((0, 2))
+    return AttentionPlan(rows, starts, contexts, ones, contexts_host, num, tiles)
 
 
 def prefill_batch(row: int, num_tokens: int, tables: Tables) -> Batch:
@@ -108,16 +113,32 @@ def prefill_batch(row: int, num_tokens: int, tables: Tables) -> Batch:
 
 
 @dataclass(frozen=True)
+class PromptPiece:
+    """Prompt logprobs of one sequence that one step computes: of positions `start` on, from number `offset` of the
+    batch's on. token: of the batch, whose hidden state predicts the first.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    offset: int
+    token: int
+
+
+@dataclass(frozen=True)
 class Assembled:
-    """The host's view of a batch, in the batch's order, and which hidden states are sampled."""
+    """The host's view of a batch, in the batch's order, and what becomes of the hidden states."""
 
     scheduled: list[Scheduled]
     sampled: list[Sequence]
+    pieces: list[PromptPiece]
     num_decode_tokens: int  # of sequences past their prompt
     num_prefill_tokens: int
-    sample_index: Tensor  # [N] int64: token of the batch whose hidden state gives the logits
-    sample_rows: Tensor  # [N] int64
+    index: Tensor  # [N + P] int32: the tokens that are sampled, then those that predict what the pieces owe
+    sample_rows: Tensor  # [N] int32
     sample_positions: Tensor  # [N] int32: where the new token will stand
+    owed_rows: Tensor  # [P] int32, of the tables; with owed_positions, the token whose logprob is owed
+    owed_positions: Tensor  # [P] int32
 
 
 def assemble(scheduled: list[Scheduled], tables: Tables, block_size: int) -> tuple[Batch, Assembled]:
@@ -137,29 +158,63 @@ def assemble(scheduled: list[Scheduled], tables: Tables, block_size: int) -> tup
     token_rows_d, positions_d = parts[0].long(), parts[1]
     where = positions_d.long()
     slots = tables.blocks[token_rows_d, where // block_size] * block_size + positions_d % block_size
+    a = finish_assembly(scheduled, query_starts[1:] - 1, owed(scheduled), device)
+    wanted = None
+    if a.pieces:
+        wanted = Wanted(a.index, None)
+    elif len(a.sampled) < len(positions):
+        sampled = contexts[[s.samples for s in scheduled]]
+        wanted = Wanted(a.index, decode_plan(a.sample_rows, a.sample_positions, sampled))
     batch = Batch(
         token_ids=tables.tokens[token_rows_d, where],
         positions=positions_d,
         slots=slots,
         block_tables=tables.blocks,
         plan=AttentionPlan(parts[2], parts[3], parts[4], lengths, contexts, num_decodes, parts[5]),
+        wanted=wanted,
     )
-    return batch, finish_assembly(scheduled, query_starts[1:] - 1, device)
+    return batch, a
 
 
-def finish_assembly(scheduled: list[Scheduled], last: Ints, device: torch.device) -> Assembled:
-    """What follows the forward. last: each sequence's last token in the batch, in the order of `scheduled`."""
+def owed(scheduled: list[Scheduled]) -> list[PromptPiece]:
+    """The prompt logprobs that this step's hidden states give. No token is also sampled: it predicts a known one."""
+    pieces: list[PromptPiece] = []
+    first = offset = 0
+    for s in scheduled:
+        q, end = s.sequence, s.start + s.num_tokens
+        begin, stop = max(q.next_prompt_logprob, s.start + 1), min(end + 1, q.prompt_len)
+        if begin < stop:
+            pieces.append(PromptPiece(q, begin, stop - begin, offset, first + begin - 1 - s.start))
+            offset += stop - begin
+        first += s.num_tokens
+    return pieces
+
+
+def finish_assembly(
+    scheduled: list[Scheduled], last: Ints, pieces: list[PromptPiece], device: torch.device
+) -> Assembled:
+    """What follows the forward. last: each sequence's last token in the batch, or where its hidden state lies, in the
+    order of `scheduled`.
+    """
     sampled = np.array([s.samples for s in scheduled], dtype=bool)
     rows = np.array([s.sequence.row for s in scheduled], dtype=np.int32)
     contexts = np.array([s.start + s.num_tokens for s in scheduled], dtype=np.int32)
-    index, sample_rows, positions = upload([last[sampled], rows[sampled], contexts[sampled]], device)
+    owed_rows = np.repeat(np.array([p.sequence.row for p in pieces], dtype=np.int32), [p.count for p in pieces])
+    tokens = [np.arange(p.token, p.token + p.count, dtype=np.int32) for p in pieces]
+    positions = [np.arange(p.start, p.start + p.count, dtype=np.int32) for p in pieces]
+    index = np.concatenate([last[sampled], *tokens])
+    owed_positions = np.concatenate([rows[:0], *positions])
+    parts = upload([index, rows[sampled], contexts[sampled], owed_rows, owed_positions], device)
     past_prompt = sum(s.num_tokens == 1 and s.start >= s.sequence.prompt_len for s in scheduled)
     return Assembled(
         scheduled=scheduled,
         sampled=[s.sequence for s in scheduled if s.samples],
+        pieces=pieces,
         num_decode_tokens=past_prompt,
         num_prefill_tokens=sum(s.num_tokens for s in scheduled) - past_prompt,
-        sample_index=index.long(),
-        sample_rows=sample_rows.long(),
-        sample_positions=positions,
+        index=parts[0],
+        sample_rows=parts[1],
+        sample_positions=parts[2],
+        owed_rows=parts[3],
+        owed_positions=parts[4],
     )

@@ -162,9 +162,14 @@ class Engine:
         self.changes.remove(name)
         self.revision += 1
 
-    def add(self, request: AddRequest) -> None:
-        """Queue a request's n sequences. It has been validated by `sequence.check_params`, and `takes` its variant."""
-        prompt, params, now = unpack_ids(request.prompt), request.params, time.monotonic()
+    def add(self, request: AddRequest, prompt: list[int] | None = None) -> None:
+        """Queue a request's n sequences. It has been validated by `sequence.check_params`, and `takes` its variant.
+
+        prompt: its ids, where they were never packed.
+        """
+        params, now = request.params, time.monotonic()
+        if prompt is None:
+            prompt = unpack_ids(request.prompt)
         if not self.has_work:
             self._last_batch = None
         first_seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -357,10 +362,11 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
-    budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
+    budget = max(config.max_num_batched_tokens or (8192 if on_gpu else 2048), config.max_num_seqs)
     return msgspec.structs.replace(
         config,
         variants=variants,
-        max_num_batched_tokens=max(budget, config.max_num_seqs),
+        max_num_batched_tokens=budget,
+        max_prefill_beside_decode=config.max_prefill_beside_decode or budget,
         overlap=on_gpu if config.overlap is None else config.overlap,
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.block_manager import hash_blocks, prefix_seed
 from engine.config import EngineConfig, ModelError
 from engine.core import Engine, StepResult
-from engine.messages import AddRequest, Logprobs, pack_ids
+from engine.messages import AddRequest, Logprobs
 from engine.quant.formats import AUTO, parse_format
 from engine.sequence import SamplingParams, check_params
 from engine.text import Detokenizer, StopMatcher, TokenTable
@@ -84,7 +84,8 @@ class _Output:
 
 
 class LLM:
-    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields.
+    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields and have its defaults, but
+    for one: nobody watches a stream here, so only the budget bounds prefill beside decode.
 
     nano-vLLM's `enforce_eager` (no CUDA graphs) and `tensor_parallel_size=1` are accepted.
     Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.
@@ -101,6 +102,7 @@ class LLM:
             raise ModelError(
                 f"unknown option {sorted(unknown)[0]!r}; options: {', '.join(EngineConfig.__struct_fields__)}"
             )
+        options.setdefault("max_prefill_beside_decode", 0)
         self.engine = Engine(EngineConfig(model=str(model), variants=names, **options))
         path = Path(model) / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
@@ -136,7 +138,7 @@ class LLM:
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters")
         groups: list[list[_Output]] = []
-        requests: list[AddRequest] = []
+        requests: list[tuple[AddRequest, list[int]]] = []
         for prompt, p in zip(prompts, params, strict=True):
             ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
             check_params(p, ids, info.max_model_len, info.vocab_size)
@@ -145,7 +147,7 @@ class LLM:
             seed = prefix_seed(chosen.fingerprint) if info.enable_prefix_caching else b""
             hashes = hash_blocks(seed, ids, chosen.block_size) if seed else []
             request_id, self._next_id = self._next_id, self._next_id + p.n
-            requests.append(AddRequest(request_id, name, pack_ids(ids), p, seed, hashes))
+            requests.append((AddRequest(request_id, name, b"", p, seed, hashes), ids))  # no process to pack ids for
             groups.append([_Output(request_id + i, p, self._table, info.eos_token_ids) for i in range(p.n)])
         self._run(requests, {o.sequence_id: o for group in groups for o in group}, use_tqdm)
         return [g[0].result() if len(g) == 1 else {**g[0].result(), "outputs": [o.result() for o in g]} for g in groups]
@@ -156,11 +158,11 @@ class LLM:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
-    def _run(self, requests: list[AddRequest], outputs: dict[int, _Output], use_tqdm: bool) -> None:
+    def _run(self, requests: list[tuple[AddRequest, list[int]]], outputs: dict[int, _Output], use_tqdm: bool) -> None:
         bar = tqdm(total=len(outputs), desc="Generating", unit="seq", disable=not use_tqdm, dynamic_ncols=True)
         try:
-            for request in requests:
-                self.engine.add(request)
+            for request, ids in requests:
+                self.engine.add(request, ids)
             while self.engine.has_work:
                 bar.update(self._take(self.engine.step(), outputs))
         finally:

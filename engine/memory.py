@@ -156,7 +156,7 @@ def _reserves(
     reserves["logits of a step"] = 6 * max(c.max_num_seqs, PROMPT_LOGPROB_ROWS) * m.vocab_size * 4
     if c.cuda_graphs:
         layouts = mixed_layouts(c.max_num_seqs, max_len)
-        hidden = max((x.total_tokens for x in layouts), default=0) * m.hidden_size
+        hidden = max((x.num_outputs for x in layouts), default=0) * m.hidden_size
         logits = min(c.max_num_seqs, MAX_GRAPH_SIZE) * m.vocab_size
         reserves["outputs of CUDA graphs"] = (hidden + logits) * dtype.itemsize
         reserves["CUDA graphs (allowance)"] = num_variants * graph_bytes(c, max_len)

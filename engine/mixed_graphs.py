@@ -3,7 +3,7 @@
 A graph has room for so many decoding sequences and so many prefill tokens; a batch runs in the smallest one that holds
 it. Tokens lie in two parts, decodes first, each padded: a padding token has position -1 and stores nothing, a
 padding sequence has no context, a padding tile belongs to a sequence without queries. The graph ends with the hidden
-states; head and sampling follow for the few rows that are sampled.
+states of each sequence's last token; head and sampling follow for those that are sampled.
 
 All inputs are one int32 vector, so that a step costs one copy: see `Layout`.
 """
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Assembled, Ints, Tables, finish_assembly
+from engine.batch import Assembled, Ints, Tables, decode_plan, finish_assembly
 from engine.kernels import PREFILL_TILE, AttentionPlan, KVCache, plan_tiles
-from engine.models.qwen import Batch, Qwen
+from engine.models.qwen import Batch, Qwen, Wanted
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 
@@ -49,6 +49,11 @@ class Layout:
     @property
     def num_sequences(self) -> int:
         return self.num_decodes + MAX_PREFILLS + 1
+
+    @property
+    def num_outputs(self) -> int:
+        """Hidden states: one a sequence, without the last one."""
+        return self.num_decodes + MAX_PREFILLS
 
     @property
     def num_tiles(self) -> int:
@@ -115,10 +120,11 @@ class MixedGraphs:
         self._spare = tables.tokens.shape[0] - 1
         self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1)
         largest = max(self.layouts, key=lambda x: x.length, default=Layout(0, 0))
+        num_outputs = max((x.num_outputs for x in self.layouts), default=0)
         device = tables.tokens.device
         self._vector = torch.from_numpy(largest.pack([], self._spare)).to(device)
         embedding = next(iter(models.values())).embedding
-        self._hidden = embedding.new_zeros(largest.total_tokens, embedding.shape[1])
+        self._hidden = embedding.new_zeros(num_outputs, embedding.shape[1])
         self._graphs: dict[tuple[str, Layout], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
@@ -153,14 +159,18 @@ class MixedGraphs:
             num_decodes=layout.num_decodes,
             tiles=tiles.view(-1, 2),
         )
+        # A padding sequence's last token is another's: it has no context here, and nobody reads what comes out.
+        n = layout.num_outputs
+        wanted = Wanted(query_starts[1 : n + 1] - 1, decode_plan(rows[:n], contexts[:n], longest[:n]))
         batch = Batch(
             token_ids=tables.tokens[row, where],
             positions=where.int(),
             slots=torch.where(positions >= 0, slots, -1),
             block_tables=tables.blocks,
             plan=plan,
+            wanted=wanted,
         )
-        self._hidden[: layout.total_tokens].copy_(self.models[variant].forward(batch, self.kv[variant]))
+        self._hidden[:n].copy_(self.models[variant].forward(batch, self.kv[variant]))
 
     def layout_for(self, variant: str, scheduled: list[Scheduled]) -> Layout | None:
         """The smallest graph that holds this batch; None where none is captured, or prompt logprobs are owed."""
@@ -178,13 +188,13 @@ class MixedGraphs:
         return min(fits, key=lambda x: x.total_tokens, default=None)
 
     def forward(self, variant: str, scheduled: list[Scheduled], layout: Layout) -> tuple[Tensor, Assembled]:
-        """Replay; hidden states [N, H], valid until the next call, and which of them are sampled."""
+        """Replay; hidden states [N, H] of the tokens that are sampled."""
         scheduled = sorted(scheduled, key=lambda s: s.num_tokens > 1)
         packed = layout.pack(scheduled, self._spare)
         self._vector[: layout.length].copy_(to_device(packed, self._vector.device))
         self._graphs[variant, layout].replay()
-        lengths = np.array([s.num_tokens for s in scheduled], dtype=np.int32)
-        num_few = int((lengths == 1).sum())
-        last = np.arange(len(scheduled), dtype=np.int32)
-        last[num_few:] = layout.num_decodes + np.cumsum(lengths[num_few:]) - 1
-        return self._hidden[: layout.total_tokens], finish_assembly(scheduled, last, self._vector.device)
+        num_few = sum(s.num_tokens == 1 for s in scheduled)
+        places = np.arange(len(scheduled), dtype=np.int32)
+        places[num_few:] += layout.num_decodes - num_few
+        a = finish_assembly(scheduled, places, [], self._vector.device)
+        return self._hidden.index_select(0, a.index), a

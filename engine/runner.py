@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Assembled, Tables, assemble, decode_batch, prefill_batch
+from engine.batch import Assembled, PromptPiece, Tables, assemble, decode_batch, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
 from engine.kv_pool import KVPool, tokens_per_block
@@ -37,22 +37,12 @@ from engine.quant.variants import Smoothing, Variant, build_variants
 from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample, warm_up
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
-from engine.transfer import to_device, to_host
+from engine.transfer import to_host
 from engine.weights import Checkpoint, open_checkpoint
 
 log = logging.getLogger("octavo.engine")
 
 WARM_UP_ROWS = (2, 9, 17, 33, *range(65, 1026, 64))  # wherever `matmul.choose_tile` may change its mind
-
-
-@dataclass(frozen=True)
-class PromptPiece:
-    """Prompt logprobs of one sequence computed in one step: positions `start` on, from row `offset` of the batch's."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    offset: int
 
 
 @dataclass
@@ -178,7 +168,7 @@ class Runner:
         if num_rows == WARM_UP_ROWS[-1]:
             contexts = batch.plan.context_lens_host + self.max_model_len  # of a later part of a prompt: see `kv_widen`
             batches.append(replace(batch, plan=replace(batch.plan, context_lens_host=contexts)))
-            for size in (1, self.config.max_num_seqs) if self.graphs is None else ():
+            for size in (1, self.config.max_num_seqs):  # also in the last layer of a prefill, for few that are sampled
                 rows = torch.full((size,), spare, dtype=torch.int32, device=self.device)
                 batches.append(decode_batch(rows, torch.zeros_like(rows), self.tables, self.block_sizes[variant]))
         model, most = self.models[variant], max(PROMPT_LOGPROB_ROWS, self.config.max_num_seqs)
@@ -260,15 +250,16 @@ class Runner:
         clock = PhaseTimer(self.device)
         model = self.models[variant]
         hidden, a = self._forward(variant, scheduled)
-        pieces, prompt_ids, prompt_values = self._prompt_logprobs(model, hidden, a)
+        num_sampled = len(a.sampled)
+        prompt_ids, prompt_values = self._prompt_logprobs(model, hidden[num_sampled:], a)
         ids = values = None
         tokens, num_top = a.sample_rows, 0
         if a.sampled:
             plan = plan_sampling(a.sampled)
             num_top = max(0, plan.num_logprobs)
-            logits = model.logits(hidden[a.sample_index])
-            tokens, ids, values = self._fetch(self._sample(logits, a.sample_rows, a.sample_positions, plan))
-        for piece in pieces:
+            logits = model.logits(hidden[:num_sampled])
+            tokens, ids, values = self._fetch(self._sample(logits, a.sample_rows.long(), a.sample_positions, plan))
+        for piece in a.pieces:
             piece.sequence.next_prompt_logprob = piece.start + piece.count
         clock.stop()
         return VariantFlight(
@@ -282,13 +273,13 @@ class Runner:
             values=values,
             num_top=num_top,
             clock=clock,
-            prompt_pieces=pieces,
+            prompt_pieces=a.pieces,
             prompt_ids=prompt_ids,
             prompt_values=prompt_values,
         )
 
     def _forward(self, variant: str, scheduled: list[Scheduled]) -> tuple[Tensor, Assembled]:
-        """Hidden states [T, H] of a batch, through a graph where one holds it."""
+        """Hidden states [N + P, H] of what `Assembled.index` names, through a graph where one holds the batch."""
         layout = self.mixed_graphs.layout_for(variant, scheduled) if self.mixed_graphs is not None else None
         if self.mixed_graphs is not None and layout is not None:
             self.num_replays += 1
@@ -337,36 +328,20 @@ class Runner:
             return to_host(sampled.tokens), None, None
         return to_host(sampled.tokens), to_host(sampled.ids), to_host(sampled.values)
 
-    def _prompt_logprobs(
-        self, model: Qwen, hidden: Tensor, a: Assembled
-    ) -> tuple[list[PromptPiece], Tensor | None, Tensor | None]:
-        """Logprobs of the prompt tokens that this step's hidden states predict, through the head a chunk at a time.
+    def _prompt_logprobs(self, model: Qwen, hidden: Tensor, a: Assembled) -> tuple[Tensor | None, Tensor | None]:
+        """Logprobs of the prompt tokens that these hidden states [P, H] predict, through the head a chunk at a time.
 
-        Returns the pieces and, on their way to the host, ids and values [positions, 1 + K].
+        Returns ids and values [P, 1 + K], on their way to the host.
         """
-        pieces: list[PromptPiece] = []
-        rows: list[int] = []  # hidden states of the batch
-        targets: list[tuple[int, int]] = []  # (row of the tables, position) of the token each predicts
-        top = first = 0
-        for s in a.scheduled:
-            q, end = s.sequence, s.start + s.num_tokens
-            begin, stop = max(q.next_prompt_logprob, s.start + 1), min(end + 1, q.prompt_len)
-            if begin < stop:
-                pieces.append(PromptPiece(q, begin, stop - begin, len(rows)))
-                rows.extend(range(first + begin - 1 - s.start, first + stop - 1 - s.start))
-                targets.extend((q.row, position) for position in range(begin, stop))
-                top = max(top, q.params.prompt_logprobs or 0)
-            first += s.num_tokens
-        if not pieces:
-            return [], None, None
-        index = to_device(np.array(rows), self.device)
-        where = to_device(np.array(targets).T, self.device)  # [2, positions]
-        tokens = self.tables.tokens[where[0], where[1]].long()
+        if not a.pieces:
+            return None, None
+        top = max(p.sequence.params.prompt_logprobs or 0 for p in a.pieces)
+        tokens = self.tables.tokens[a.owed_rows.long(), a.owed_positions.long()].long()
         chunks = [
-            gather_logprobs(model.logits(hidden[i]), t, top, self.num_ids, [])
-            for i, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (index, tokens)), strict=True)
+            gather_logprobs(model.logits(h), t, top, self.num_ids, [])
+            for h, t in zip(*(torch.split(x, PROMPT_LOGPROB_ROWS) for x in (hidden, tokens)), strict=True)
         ]
-        return pieces, to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))
+        return to_host(torch.cat([c[0] for c in chunks])), to_host(torch.cat([c[1] for c in chunks]))
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,8 @@
 Family differences are fields of `ModelConfig`: a bias on q, k and v (Qwen2) or RMSNorm on each head of q and k (Qwen3),
 a tied head or not. The model never hears of variants: it is given its matrices.
 
-Letters: T tokens of the batch, H hidden, I intermediate, Hq and Hkv query and KV heads, D head dimension, V vocabulary.
+Letters: T tokens of the batch, R of them wanted, H hidden, I intermediate, Hq and Hkv query and KV heads, D head
+dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The tokens of a batch whose hidden states are used. In the last layer the others only leave keys and values.
+
+    index: [R] int32, of the batch's tokens, in any order. plan: attention of these alone, in this order, where each is
+    the last of its sequence; None where some are not.
+    """
+
+    index: Tensor
+    plan: AttentionPlan | None
+
+
+@dataclass(frozen=True)
 class Batch:
     """One variant's share of a step, as the forward needs it."""
 
@@ -42,6 +55,7 @@ class Batch:
     slots: Tensor  # [T] int32: block * block_size + offset
     block_tables: Tensor  # [S, max_blocks] int32
     plan: AttentionPlan
+    wanted: Wanted | None = None  # None: all tokens, in their order
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,10 @@ class Qwen:
     rotary: Tensor  # [max_len, D] float32
 
     def forward(self, batch: Batch, kv: list[KVCache]) -> Tensor:
-        """Hidden states after the last norm, [T, H]. kv: the cache of each layer, written."""
+        """Hidden states after the last norm of the tokens that are wanted, [R, H]; R = T where all are.
+
+        kv: the cache of each layer, written.
+        """
         c = self.config
         scale = c.head_dim**-0.5
         residual = torch.nn.functional.embedding(batch.token_ids, self.embedding)  # [T, H]
@@ -79,7 +96,16 @@ class Qwen:
                 cache,
                 batch.slots,
             )  # [T, Hq, D]
-            attended = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
+            plan, wanted = batch.plan, batch.wanted if layer is self.layers[-1] else None
+            if wanted is not None:  # from here on T is R
+                residual = residual.index_select(0, wanted.index)
+                if not len(residual):
+                    return residual
+                if wanted.plan is not None:
+                    q, plan = q.index_select(0, wanted.index), wanted.plan
+            attended = kernels.attention(q, cache, batch.block_tables, plan, scale)
+            if wanted is not None and wanted.plan is None:
+                attended = attended.index_select(0, wanted.index)
             out = layer.out(attended.view(-1, c.num_heads * c.head_dim))  # [T, H]
             x, residual = kernels.add_rms_norm(
                 out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)

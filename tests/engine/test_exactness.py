@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from msgspec import structs
 from engine import LLM, SamplingParams
 from engine.block_manager import hash_blocks, prefix_seed
 from engine.core import StepResult
+from engine.kernels import KVCache
 from engine.messages import AddRequest, pack_ids
+from engine.models.qwen import Batch, Qwen
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 MAIN = ["qwen2", "qwen3"]
@@ -77,10 +80,10 @@ def test_logits_equal_transformers(checkpoint: Checkpoint, family: str) -> None:
     variant = llm.engine.runner.variants["bf16"]
     forward = type(variant.model).forward
 
-    def spy(model: object, batch: object, kv: torch.Tensor) -> torch.Tensor:
-        hidden = forward(model, batch, kv)  # type: ignore[arg-type]
+    def spy(model: Qwen, batch: Batch, kv: list[KVCache]) -> torch.Tensor:
+        hidden = forward(model, replace(batch, wanted=None), kv)
         seen.append(variant.model.logits(hidden))
-        return hidden
+        return hidden if batch.wanted is None else hidden[batch.wanted.index]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(variant.model), "forward", spy)
