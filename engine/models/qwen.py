@@ -69,7 +69,7 @@ class Qwen:
                 x, residual = kernels.add_rms_norm(
                     down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual)
                 )
-            q = kernels.rope_and_store(
+            attended = kernels.rope_and_attend(
                 layer.qkv(x),
                 layer.q_norm,
                 layer.k_norm,
@@ -78,8 +78,10 @@ class Qwen:
                 batch.positions,
                 cache,
                 batch.slots,
+                batch.block_tables,
+                batch.plan,
+                scale,
             )  # [T, Hq, D]
-            attended = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
             out = layer.out(attended.view(-1, c.num_heads * c.head_dim))  # [T, H]
             x, residual = kernels.add_rms_norm(
                 out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)
