@@ -11,7 +11,8 @@ gets. Prefill, chunks of it, prefix hits, decode and resumed sequences are that 
 
 A sequence is admitted only when the pool has room for all its known tokens, and takes these blocks at once; so a
 prompt, once begun, never runs out of blocks. A waiting sequence whose next prefix block is being computed by another
-waits for it rather than computing it again.
+waits for it rather than computing it again; it may go on in the very step that computes the block, but not where a
+single token completes it: a batch of single tokens stores and attends in one launch (`kernels.rope_and_attend`).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Scheduler:
         self.new_blocks: list[tuple[int, int, int]] = []  # (row, index in the table, block)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._turn = 0
+        self._completed: list[int] = []  # blocks that single tokens of the step being built complete
 
     @property
     def has_work(self) -> bool:
@@ -128,6 +130,8 @@ class Scheduler:
             budget = self._schedule_prefill(name, step, budget)
         if budget < before:
             self._turn = (self._turn + 1) % len(names)
+        while self._completed:
+            self.blocks.mark_computed(self._completed.pop())
         return step
 
     def token_arrived(self, sequence: Sequence) -> None:
@@ -200,7 +204,11 @@ class Scheduler:
         if samples:
             sequence.num_tokens += 1
         block_size = self.block_sizes[sequence.variant]
-        for block in sequence.blocks[start // block_size : end // block_size]:
+        computed = sequence.blocks[start // block_size : end // block_size]
+        if num_tokens == 1:
+            self._completed += computed
+            return num_tokens
+        for block in computed:
             self.blocks.mark_computed(block)
         return num_tokens
 

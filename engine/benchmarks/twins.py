@@ -138,6 +138,23 @@ def check_attention(
         expected = reference.attention(q.float(), wide, tables, plan, scale)
         got = kernels.attention(q, cache, tables, plan, scale)
         yield compare(f"attention, {name}, {_name(stored)} cache", got, expected, dtype)
+        if num_decodes == len(lens):
+            yield check_decode_that_stores(config, cache, wide, tables, plan, dtype)
+
+
+def check_decode_that_stores(
+    config: ModelConfig, cache: KVCache, wide: KVCache, tables: Tensor, plan: AttentionPlan, dtype: torch.dtype
+) -> Check:
+    """One more token at the end of each context, without norms (see `check_rope`), rotated by its position."""
+    c, device, last = config, tables.device, plan.context_lens - 1
+    slots = tables[plan.rows.long(), last.long() // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
+    qkv = torch.randn(len(last), (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, device=device).to(dtype)
+    angle = torch.arange(int(plan.context_lens_host.max()), device=device)[:, None]
+    cos_sin = torch.cat([angle.cos(), angle.sin()], dim=1).repeat_interleave(c.head_dim // 2, dim=1)
+    rest = (slots, tables, plan, c.head_dim**-0.5)
+    expected = reference.rope_and_attend(qkv.float(), None, None, 0.0, cos_sin, last, wide, *rest)
+    got = kernels.rope_and_attend(qkv, None, None, 0.0, cos_sin, last, cache, *rest)
+    return compare(f"rope_and_attend, {_name(cache.k.dtype)} cache", got, expected, dtype)
 
 
 def check_products(variant: Variant, dtype: torch.dtype) -> Iterator[Check]:

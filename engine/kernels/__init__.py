@@ -35,6 +35,7 @@ __all__ = [
     "plan_tiles",
     "quantize_tokens",
     "rms_norm",
+    "rope_and_attend",
     "rope_and_store",
     "silu_mul",
     "split_tokens",
@@ -239,6 +240,32 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
 
         return paged_attention.attention(q, cache, block_tables, plan, scale)
     return reference.attention(q, cache, block_tables, plan, scale)
+
+
+def rope_and_attend(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    slots: Tensor,
+    block_tables: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> Tensor:
+    """`rope_and_store`, then `attention` of what it returns -> [T, Hq, D].
+
+    Each slot is where its sequence's table has that position. A batch that only decodes (num_decodes is T, no tiles) is
+    one launch on a GPU. So in such a batch no sequence may read what another stores in it; the scheduler sees to that.
+    """
+    rest = (positions, cache, slots, block_tables, plan, scale)
+    if qkv.is_cuda:
+        from engine.kernels import paged_attention
+
+        return paged_attention.rope_and_attend(qkv, q_norm, k_norm, eps, cos_sin, *rest)
+    return reference.rope_and_attend(qkv, q_norm, k_norm, eps, cos_sin, *rest)
 
 
 def draw(

@@ -1,7 +1,8 @@
 """What the kernels ask about the GPU they run on.
 
 Their choices can be made as on another chip: `choose_as`, or the variable OCTAVO_KERNELS_FOR before the first question.
-So the path of a GPU that nobody has at hand runs, and is tested, on a newer one.
+So the path of a GPU that nobody has at hand runs, and is tested, on a newer one. OCTAVO_FUSE=0, before the first
+question, keeps apart what is else one launch, to compare the two: see `fuses`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from engine.config import ModelError
 
 VARIABLE = "OCTAVO_KERNELS_FOR"
+FUSE = "OCTAVO_FUSE"
 CHIPS = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0)}
 
 
@@ -59,3 +61,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     kernel of the step writes or reads, and never return without; what it may do before is fetch weights.
     """
     return {"PDL": True, "launch_pdl": True} if capability(device) >= (9, 0) else {"PDL": False}
+
+
+@cache
+def fuses() -> bool:
+    """Whether decode attention stores keys and values itself (`rope_and_attend`). Read once a process."""
+    return os.environ.get(FUSE, "1") != "0"

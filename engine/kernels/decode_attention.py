@@ -11,6 +11,10 @@ Reading keys and values is all the time there is, so the plan is to keep many re
   its context needs, and the others leave at once. Each leaves its normalised sum and log-sum-exp, and the last to
   arrive joins them; a sequence with one part writes its output directly.
 
+Where a batch only decodes, the same kernel begins with what `rope.py` does (FUSED), which saves a launch: each program
+rotates its own queries, and the one that reads a context's last position first stores it there. No other program reads
+that position, so none but this program's own threads have to wait for it.
+
 Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867), in base 2, with fp32 sums.
 
 Codes of an 8-bit cache go to shared memory as they are and are widened in the registers that feed the tensor cores, to
@@ -36,6 +40,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import AttentionPlan, KVCache, chip
 from engine.kernels.kv_codes import LOG2_E, check_attention, exponents, fit_fp16, widen, widen_pairs
+from engine.kernels.reference import SMALLEST_KV
+from engine.kernels.rope import check_heads, rotate, store_heads
 
 MAX_SPLITS = 32
 MIN_SPLIT = 32  # positions; below this joining costs more than the split gains
@@ -61,9 +67,18 @@ def choose_tile(dtype: torch.dtype, kind: str, block_size: int, programs_per_sm:
     return Tile(min(block_size, 32), 1, 4 if kind and programs_per_sm <= 8 else 3)
 
 
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["rows", "context_lens"])
+@triton.jit(
+    do_not_specialize=["num_splits"],
+    do_not_specialize_on_alignment=["rows", "context_lens", "positions", "slots"],
+)
 def decode_kernel(
-    q,
+    q,  # FUSED: q, k and v as they are before the norm, [B, (Hq + 2 Hkv) * D]
+    q_norm,
+    k_norm,
+    cos_sin,
+    positions,
+    slots,
+    v_codes,  # v_cache as it is stored; this and the five above are None unless FUSED
     k_cache,
     v_cache,  # 8-bit: pairs of codes as int16
     k_scale,
@@ -76,6 +91,7 @@ def decode_kernel(
     lse,  # [B, Hq, num_splits] fp32, base 2
     counters,  # [B, Hkv] int32: programs that have arrived; zeros before and after
     scale_log2,
+    eps,
     table_stride,
     k_stride,
     v_stride,
@@ -87,30 +103,89 @@ def decode_kernel(
     KIND: tl.constexpr,
     FAST: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,  # G or the next power of two
     BLOCK_N: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    FUSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    HALF: tl.constexpr = D // 2
+    NORM: tl.constexpr = q_norm is not None
+    # Rows in which what all heads share is loaded for q: 2 where q's tile is like that of k and v, for one load then
+    # serves both, in their layout.
+    ALIKE: tl.constexpr = 2 if ROWS == 2 else 1
+    half = tl.arange(0, HALF)[None, :]
+    q_gain_1, q_gain_2, k_gain_1, k_gain_2 = None, None, None, None
+    if NORM:  # weights, which no kernel writes
+        q_gain, k_gain = tl.broadcast_to(q_norm + half, (ALIKE, HALF)), tl.broadcast_to(k_norm + half, (2, HALF))
+        q_gain_1, q_gain_2 = tl.load(q_gain).to(tl.float32), tl.load(q_gain + HALF).to(tl.float32)
+        k_gain_1, k_gain_2 = tl.load(k_gain).to(tl.float32), tl.load(k_gain + HALF).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     # Heads are neighbours in memory, so programs of one sequence run side by side.
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # These three do not depend on each other: their latencies overlap.
+    # None of these depends on another: their latencies overlap.
     context = tl.load(context_lens + sequence)
-    table = block_tables + tl.load(rows + sequence).to(tl.int64) * table_stride
+    row = tl.load(rows + sequence)
     d = tl.arange(0, D)
     column = tl.arange(0, COLUMNS)
     valid = (column < G)[None, :]
     head = sequence.to(tl.int64) * (HKV * G) + kv_head * G + column  # of all heads of all sequences
-    q_tile = tl.load(q + head[None, :] * D + d[:, None], mask=valid, other=0.0)  # [D, M]
+    if FUSED:
+        position, slot = tl.load(positions + sequence), tl.load(slots + sequence)
+        token = q + sequence.to(tl.int64) * ((HKV * G + 2 * HKV) * D) + half
+        own, is_v = tl.arange(0, ROWS)[:, None], tl.arange(0, 2)[:, None] == 1  # k and v are one tile of two heads
+        own_q = token + (kv_head * G + own) * D
+        own_kv = token + (HKV * G + kv_head + tl.where(is_v, HKV, 0)) * D
+        q_1, q_2 = tl.load(own_q, mask=own < G, other=0.0), tl.load(own_q + HALF, mask=own < G, other=0.0)
+        kv_1, kv_2 = tl.load(own_kv), tl.load(own_kv + HALF)  # [2, D/2]
+    else:
+        position = 0
+        q_tile = tl.load(q + head[None, :] * D + d[:, None], mask=valid, other=0.0)  # [D, M]
     per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), max(1, min(num_splits, tl.cdiv(context, MIN_SPLIT)))) * BLOCK_N
     used = tl.cdiv(context, max(per_split, 1))  # 0 for padding, whose output the first program writes
-    if split >= max(used, 1):
+    # None is negative. But ptxas moves a load that nothing before a return needs behind it, where it waits its turn.
+    if (split >= max(used, 1)) | (row < 0) | (position < 0):
         return
     start = split * per_split
     end = min(start + per_split, context)
+    table = block_tables + row.to(tl.int64) * table_stride
+    block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0).to(tl.int64)
+    if FUSED:
+        dtype: tl.constexpr = out.dtype.element_ty
+        angle = cos_sin + position.to(tl.int64) * D + half
+        q_angle, k_angle = tl.broadcast_to(angle, (ALIKE, HALF)), tl.broadcast_to(angle, (2, HALF))
+        q_cos, q_sin = tl.load(q_angle), tl.load(q_angle + HALF)
+        k_cos, k_sin = tl.load(k_angle), tl.load(k_angle + HALF)
+        wide_1, wide_2 = kv_1.to(tl.float32), kv_2.to(tl.float32)
+        k_1, k_2 = rotate(wide_1, wide_2, k_gain_1, k_gain_2, k_cos, k_sin, eps, NORM, dtype)
+        wide_1, wide_2 = q_1.to(tl.float32), q_2.to(tl.float32)
+        q_1, q_2 = rotate(wide_1, wide_2, q_gain_1, q_gain_2, q_cos, q_sin, eps, NORM, dtype)  # [ROWS, D/2]
+        if split == max(used, 1) - 1:  # its part ends with the context
+            store_heads(
+                tl.where(is_v, kv_1, k_1),
+                tl.where(is_v, kv_2, k_2),
+                tl.zeros((2, 1), tl.int32) + kv_head,
+                (is_v == 0) & (slot >= 0),
+                is_v & (slot >= 0),
+                slot,
+                k_cache,
+                v_codes,
+                k_scale,
+                v_scale,
+                k_stride,
+                BLOCK_SIZE,
+                HKV,
+                KIND,
+                SMALLEST,
+            )
+            tl.debug_barrier()  # every thread's part is stored before another one reads it
+        # Columns past G repeat heads, which nothing reads.
+        q_tile = tl.reshape(tl.permute(tl.join(q_1, q_2), (2, 1, 0)), (D, 1, ROWS))
+        q_tile = tl.reshape(tl.broadcast_to(q_tile, (D, COLUMNS // ROWS, ROWS)), (D, COLUMNS))
     PAIRS: tl.constexpr = 1 if KIND == "" else 2
     WIDTH: tl.constexpr = D // PAIRS
     n, dv = tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
@@ -123,7 +198,6 @@ def decode_kernel(
     l_sum = tl.zeros((COLUMNS,), tl.float32)
     acc = tl.zeros((WIDTH, COLUMNS), tl.float32)  # 8-bit: even channels
     odd = tl.zeros((WIDTH, COLUMNS), tl.float32)
-    block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0).to(tl.int64)
     for first in range(start, end, BLOCK_N):
         seen = first + n < end
         inside = first % BLOCK_SIZE
@@ -209,7 +283,49 @@ def decode(
 
     num_splits: the most parts of one context. tile: the tests' and measurements' choice of it.
     """
-    kind, k_cache, v_cache, k_scale, v_scale, group = check_attention(q, cache, block_tables, plan, out)
+    _launch(q, (None,) * 5, 0.0, cache, block_tables, plan, scale, num_splits, out, tile)
+
+
+def rope_and_decode(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    slots: Tensor,
+    block_tables: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    num_splits: int,
+    out: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """`rope_and_store`, then `decode`, in one launch: every token is a decode's, and its slot its context's last."""
+    num_tokens, num_heads = check_heads(qkv, q_norm, k_norm, cos_sin, positions, cache, slots)
+    assert num_tokens == plan.num_decodes and out.shape == (num_tokens, num_heads, cache.k.shape[3])
+    assert out.dtype == qkv.dtype
+    new = (q_norm, k_norm, cos_sin, positions, slots)
+    _launch(qkv, new, eps, cache, block_tables, plan, scale, num_splits, out, tile)
+
+
+def _launch(
+    q: Tensor,
+    new: tuple[Tensor | None, ...],
+    eps: float,
+    cache: KVCache,
+    block_tables: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    num_splits: int,
+    out: Tensor,
+    tile: Tile | None,
+) -> None:
+    """q: of `decode`, or qkv of `rope_and_decode`. new: what only the latter has, from q_norm on, or Nones."""
+    fused = new[-1] is not None
+    queries = out if fused else q  # of this shape
+    kind, k_cache, v_cache, k_scale, v_scale, group = check_attention(queries, cache, block_tables, plan, out)
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     assert 1 <= num_splits <= MAX_SPLITS
     assert plan.num_decodes * num_kv_heads <= _MAX_COUNTERS
@@ -219,6 +335,8 @@ def decode(
     stored = plan.num_decodes * num_kv_heads * group * num_splits if num_splits > 1 else 0
     decode_kernel[(num_kv_heads, plan.num_decodes, num_splits)](
         q,
+        *new,
+        v_cache if fused else None,
         k_cache,
         v_read,
         k_scale,
@@ -231,6 +349,7 @@ def decode(
         q.new_empty(stored, dtype=torch.float32),
         _counters(q.device),
         scale * LOG2_E,
+        eps,
         block_tables.stride(0),
         k_cache.stride(0),
         v_read.stride(0),
@@ -242,9 +361,12 @@ def decode(
         KIND=kind,
         FAST=not triton.knobs.runtime.interpret,
         COLUMNS=_COLUMNS,
+        ROWS=triton.next_power_of_2(group),
         BLOCK_N=tile.block_n,
         MIN_SPLIT=MIN_SPLIT,
         MAX_SPLITS=MAX_SPLITS,
+        SMALLEST=SMALLEST_KV,
+        FUSED=fused,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **chip.dependent_launch(q.device),

@@ -7,20 +7,45 @@ import torch
 from torch import Tensor
 
 from engine.kernels import AttentionPlan, KVCache, chip
-from engine.kernels.decode_attention import choose_splits, decode
+from engine.kernels.decode_attention import choose_splits, decode, rope_and_decode
 from engine.kernels.kv_widen import widened, widening_pays
 from engine.kernels.prefill_attention import prefill
+from engine.kernels.rope import rope_and_store
 
 
 def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     out = torch.empty_like(q)
     if plan.num_decodes:
-        programs = plan.num_decodes * cache.k.shape[2]
-        longest = int(np.max(plan.context_lens_host[: plan.num_decodes]))
-        num_splits = choose_splits(programs, longest, chip.num_sms(q.device))
-        decode(q, cache, block_tables, plan, scale, num_splits, out)
+        decode(q, cache, block_tables, plan, scale, _num_splits(cache, plan), out)
     if len(plan.tiles):
         if cache.k_scale is not None and widening_pays(q, cache, plan):
             cache, block_tables, plan = widened(cache, block_tables, plan, q.dtype)
         prefill(q, cache, block_tables, plan, scale, out)
     return out
+
+
+def rope_and_attend(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    slots: Tensor,
+    block_tables: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> Tensor:
+    new = (qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
+    if not (chip.fuses() and plan.num_decodes == len(qkv) > 0 and not len(plan.tiles)):
+        return attention(rope_and_store(*new), cache, block_tables, plan, scale)
+    num_kv_heads, head_dim = cache.k.shape[2:]
+    out = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    rope_and_decode(*new, block_tables, plan, scale, _num_splits(cache, plan), out)
+    return out
+
+
+def _num_splits(cache: KVCache, plan: AttentionPlan) -> int:
+    longest = int(np.max(plan.context_lens_host[: plan.num_decodes]))
+    return choose_splits(plan.num_decodes * cache.k.shape[2], longest, chip.num_sms(cache.k.device))

@@ -106,6 +106,23 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
     return out
 
 
+def rope_and_attend(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    slots: Tensor,
+    block_tables: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> Tensor:
+    q = rope_and_store(qkv, q_norm, k_norm, eps, cos_sin, positions, cache, slots)
+    return attention(q, cache, block_tables, plan, scale)
+
+
 def _decode(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """q[B, Hq, D], one query of each of the first B sequences, a sequence at a time.
 

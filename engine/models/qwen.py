@@ -86,26 +86,21 @@ class Qwen:
                 x, residual = kernels.add_rms_norm(
                     down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual)
                 )
-            q = kernels.rope_and_store(
-                layer.qkv(x),
-                layer.q_norm,
-                layer.k_norm,
-                c.rms_norm_eps,
-                self.rotary,
-                batch.positions,
-                cache,
-                batch.slots,
-            )  # [T, Hq, D]
-            plan, wanted = batch.plan, batch.wanted if layer is self.layers[-1] else None
-            if wanted is not None:  # from here on T is R
-                residual = residual.index_select(0, wanted.index)
+            new = (layer.qkv(x), layer.q_norm, layer.k_norm, c.rms_norm_eps, self.rotary)
+            rest = (batch.positions, cache, batch.slots)
+            wanted = batch.wanted if layer is self.layers[-1] else None
+            if wanted is None:
+                attended = kernels.rope_and_attend(*new, *rest, batch.block_tables, batch.plan, scale)  # [T, Hq, D]
+            else:  # from here on T is R
+                q, residual = kernels.rope_and_store(*new, *rest), residual.index_select(0, wanted.index)
                 if not len(residual):
                     return residual
-                if wanted.plan is not None:
-                    q, plan = q.index_select(0, wanted.index), wanted.plan
-            attended = kernels.attention(q, cache, batch.block_tables, plan, scale)
-            if wanted is not None and wanted.plan is None:
-                attended = attended.index_select(0, wanted.index)
+                if wanted.plan is None:
+                    attended = kernels.attention(q, cache, batch.block_tables, batch.plan, scale)
+                    attended = attended.index_select(0, wanted.index)
+                else:
+                    q = q.index_select(0, wanted.index)
+                    attended = kernels.attention(q, cache, batch.block_tables, wanted.plan, scale)
             out = layer.out(attended.view(-1, c.num_heads * c.head_dim))  # [T, H]
             x, residual = kernels.add_rms_norm(
                 out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)

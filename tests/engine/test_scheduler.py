@@ -78,6 +78,20 @@ def test_a_sequence_waits_for_the_prefix_another_computes() -> None:
     assert [q.num_cached_tokens for q in scheduler.running.values()] == [0, 16, 16]
 
 
+def test_a_block_that_a_single_token_completes_is_a_hit_one_step_later() -> None:
+    """A batch of single tokens stores and attends in one launch: none of them may read what another stores in it."""
+    scheduler = make_scheduler(budget=11)
+    scheduler.add(make(0, list(range(12))))
+    scheduler.add(make(1, list(range(13))))
+    steps = []
+    for _ in range(3):
+        step = scheduler.schedule()
+        steps += shape(step).values()
+        arrive(step, scheduler)
+    assert steps == [[(0, 0, 11)], [(0, 11, 1)], [(0, 12, 1), (1, 12, 1)]]
+    assert scheduler.counters["x"].prefix_hits == 12
+
+
 def test_n_sequences_compute_their_prompt_once(tmp_path: Path) -> None:
     folder = tiny.make_checkpoint(tmp_path, "qwen3")
     rng = random.Random(3)

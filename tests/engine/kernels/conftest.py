@@ -225,6 +225,66 @@ class RopeCase:
         return function(*args, 1e-6, *rest, KVCache(*pool), self.slots.to(device)), *pool
 
 
+@dataclass
+class DecodeCase:
+    """Arguments of `rope_and_attend` for a batch that only decodes; the pool is NaN also where they will be stored."""
+
+    batch: PagedBatch  # its q is not used
+    qkv: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    cos_sin: Tensor
+    positions: Tensor
+    slots: Tensor
+
+    def on_fresh_pool(self, function: Callable[..., Tensor], scale: float) -> tuple[Tensor, ...]:
+        """What `function` returns, and the pool after it: k, v, and an 8-bit cache's scales."""
+        b = self.batch
+        pool = [t for t in (b.cache.k, b.cache.v, b.cache.k_scale, b.cache.v_scale) if t is not None]
+        before = [t.clone() for t in pool]
+        norms = self.q_norm, self.k_norm
+        known = (self.qkv, *norms, 1e-6, self.cos_sin, self.positions, b.cache, self.slots)
+        out = function(*known, b.block_tables, b.plan, scale)
+        after = [t.clone() for t in pool]
+        for t, values in zip(pool, before, strict=True):
+            t.copy_(values)
+        return out, *after
+
+
+@pytest.fixture
+def decode_case() -> Callable[..., DecodeCase]:
+    def make(contexts: list[int], *, norm: bool, heads: tuple[int, int, int], **how: Any) -> DecodeCase:
+        """how: of `make_batch`."""
+        num, (num_heads, num_kv_heads, head_dim) = len(contexts), heads
+        batch = make_batch([1] * num, contexts, num, heads=heads, **how)
+        cache, tables, dtype, device = batch.cache, batch.block_tables.cpu(), batch.q.dtype, batch.q.device
+        block_size, slots = cache.k.shape[1], []
+        for row, context in zip(batch.plan.rows.tolist(), contexts, strict=True):
+            block, offset = int(tables[row, (context - 1) // block_size]), (context - 1) % block_size
+            slots.append(block * block_size + offset if context else -1)
+            if context and cache.k_scale is not None and cache.v_scale is not None:
+                cache.k_scale[block, :, offset] = cache.v_scale[block, :, offset] = torch.nan
+                for codes in (cache.k, cache.v):
+                    codes.view(torch.uint8)[block, offset] = NOT_A_NUMBER
+            elif context:
+                cache.k[block, offset] = cache.v[block, offset] = torch.nan
+        generator = torch.Generator().manual_seed(2)
+        angle = torch.arange(max(contexts))[:, None] * torch.logspace(0, -4, head_dim // 2)
+        qkv = torch.randn(num, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator) * 3
+        qkv[0, -head_dim:] = 0  # the last value head of the first token
+        gains = [torch.rand(head_dim, generator=generator) + 0.5 for _ in range(2)]
+        index = torch.tensor([[max(c - 1, 0) for c in contexts], slots], dtype=torch.int32, device=device)
+        return DecodeCase(
+            batch,
+            qkv.to(device, dtype),
+            *(gain.to(device, dtype) if norm else None for gain in gains),
+            torch.cat([angle.cos(), angle.sin()], dim=1).to(device),
+            *index,
+        )
+
+    return make
+
+
 @pytest.fixture
 def rope_case() -> Callable[..., RopeCase]:
     def make(

@@ -15,6 +15,7 @@ import torch
 from engine import kernels
 from engine.kernels import (
     PREFILL_TILE,
+    chip,
     decode_attention,
     fused,
     inputs,
@@ -180,6 +181,89 @@ def test_attention_over_an_8_bit_cache(heads, kv, dtype, paged_batch, split_earl
     once = torch.full_like(batch.q, torch.nan)
     decode_attention.decode(*batch.args(0.01), 1, once)
     torch.testing.assert_close(once[:4], out[:4], atol=bound, rtol=bound)
+
+
+def in_two_launches(*args):
+    """`rope_and_attend` by the two kernels that it joins."""
+    known, (cache, slots, tables, plan, scale) = args[:6], args[6:]
+    q = rope.rope_and_store(*known, cache, slots)
+    out = torch.full_like(q, torch.nan)
+    decode_attention.decode(q, cache, tables, plan, scale, 1, out)
+    return out
+
+
+def in_one_launch(num_splits):
+    def function(qkv, *rest):
+        num_kv_heads, head_dim = rest[5].k.shape[2:]
+        out = qkv.new_full((len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim), torch.nan)
+        decode_attention.rope_and_decode(qkv, *rest, num_splits, out)
+        return out
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("kv", "num_splits"), [(None, 1), (None, 2), (None, 5), (torch.int8, 2), (torch.float8_e4m3fn, 1)]
+)
+@pytest.mark.parametrize(
+    ("heads", "norm"), [((4, 2, 128), True), ((6, 1, 64), False), ((7, 1, 64), True), ((2, 2, 64), False)]
+)
+def test_decode_that_stores(heads, norm, num_splits, kv, decode_case, split_early):
+    """Norm, rotation and store in decode attention: the same bits in the pool, and the same attention over it."""
+    block_size = 16 if kv is None else 32
+    n = decode_attention.choose_tile(torch.float32, "int8", block_size, 1).block_n
+    contexts = [1, n, 2 * n + 3, 0, n + 1, 5 * n + 1]
+    case = decode_case(contexts, norm=norm, heads=heads, block_size=block_size, kv=kv, apart=True)
+    out, *pool = case.on_fresh_pool(in_one_launch(num_splits), 0.02)
+    expected, *expected_pool = case.on_fresh_pool(in_two_launches, 0.02)
+    for got, want in zip(pool, expected_pool, strict=True):
+        assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+    bound = 2e-5 * float(expected.abs().max())
+    torch.testing.assert_close(out, expected, atol=bound, rtol=2e-5)
+    if kv is None:
+        twin, *twin_pool = case.on_fresh_pool(kernels.rope_and_attend, 0.02)
+        torch.testing.assert_close(out, twin, **FP32_TOLERANCE)
+        for got, want in zip(pool, twin_pool, strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True, **FP32_TOLERANCE)
+
+
+def test_decode_that_stores_in_float16(decode_case, split_early):
+    case = decode_case([70, 1, 0, 33], norm=True, heads=(8, 2, 64), dtype=torch.float16)
+    out, *pool = case.on_fresh_pool(in_one_launch(2), 0.02)
+    expected, *expected_pool = case.on_fresh_pool(in_two_launches, 0.02)
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(pool, expected_pool, strict=True))
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Which of the two ways `paged_attention.rope_and_attend` went."""
+    names = []
+    for name in ("rope_and_decode", "rope_and_store"):
+        launch = getattr(paged_attention, name)
+        monkeypatch.setattr(paged_attention, name, lambda *a, n=name, launch=launch: names.append(n) or launch(*a))
+    return names
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_batch_that_decodes_is_one_launch(fuses, launched, decode_case, monkeypatch):
+    monkeypatch.setattr(chip, "fuses", lambda: fuses)
+    case = decode_case([40, 0, 1], norm=True, heads=(4, 2, 64))
+    got = case.on_fresh_pool(paged_attention.rope_and_attend, 0.1)
+    assert launched == ["rope_and_decode" if fuses else "rope_and_store"]
+    for a, b in zip(got, case.on_fresh_pool(reference.rope_and_attend, 0.1), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **FP32_TOLERANCE)
+
+
+def test_a_batch_with_a_prompt_is_not(launched, decode_case, paged_batch):
+    case = decode_case([40, 1, 2], norm=True, heads=(4, 2, 64))
+    case.batch = paged_batch([1, 2], [40, 2], 1, heads=(4, 2, 64))
+    blocks = case.batch.block_tables[case.batch.plan.rows.long()]
+    case.slots = torch.stack([blocks[0, 2] * 16 + 7, blocks[1, 0] * 16, blocks[1, 0] * 16 + 1])
+    got = case.on_fresh_pool(paged_attention.rope_and_attend, 0.1)
+    assert launched == ["rope_and_store"]
+    for a, b in zip(got, case.on_fresh_pool(reference.rope_and_attend, 0.1), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("kv", [torch.int8, torch.float8_e4m3fn])

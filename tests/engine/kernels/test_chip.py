@@ -19,3 +19,11 @@ def test_an_older_chip_can_be_named() -> None:
 def test_another_is_refused(name: str, present: tuple[int, int]) -> None:
     with pytest.raises(ModelError, match="kernels_for"):
         chip.chosen(name, present)
+
+
+@pytest.mark.parametrize(("value", "fuses"), [("0", False), ("1", True), (None, True)])
+def test_fusing_can_be_turned_off(value: str | None, fuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(chip.FUSE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(chip.FUSE, value)
+    assert chip.fuses.__wrapped__() == fuses  # what is under the cache

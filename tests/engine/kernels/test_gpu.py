@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import KVCache, reference
+from engine.kernels import KVCache, chip, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,6 +161,73 @@ def test_a_captured_decode_follows_the_device_not_the_host(paged_batch):
     out.fill_(torch.nan)
     graph.replay()
     torch.testing.assert_close(out.float(), reference.attention(*batch.widened(scale)), **ATTENTION_BOUND)
+
+
+DECODES = {
+    "one long": [5000],
+    "eight": [1, 500, 0, 2048, 33, 700, 64, 0],
+    "64": [17 + 31 * i for i in range(64)],
+    "200 short": [1 + i % 40 for i in range(200)],
+}
+
+
+def in_two_launches(*args: Any) -> torch.Tensor:
+    """`rope_and_attend` by the kernels that it joins. 16 tokens at a time: the version that adds in the same order."""
+    qkv, *known, positions, cache, slots, tables, plan, scale = args
+    parts = [slice(i, i + 16) for i in range(0, len(qkv), 16)]
+    q = torch.cat([kernels.rope_and_store(qkv[p], *known, positions[p], cache, slots[p]) for p in parts])
+    return kernels.attention(q, cache, tables, plan, scale)
+
+
+@pytest.mark.parametrize("kv", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("mix", DECODES)
+@pytest.mark.parametrize("model", HEADS)
+def test_decode_that_stores(model, mix, norm, kv, decode_case):
+    """The pool gets the same bits as from two launches, also when captured; where G is 2, so do the queries."""
+    how = {"norm": norm, "heads": HEADS[model], "dtype": torch.bfloat16, "device": "cuda", "apart": True, "kv": kv}
+    case = decode_case(DECODES[mix], block_size=16 if kv is None else 32, **how)
+    graph = torch.cuda.CUDAGraph()
+
+    def launch(*args: Any) -> torch.Tensor:
+        with never_waiting():
+            return kernels.rope_and_attend(*args)
+
+    def replay(*args: Any) -> torch.Tensor:
+        with torch.cuda.graph(graph):
+            out = kernels.rope_and_attend(*args)
+        out.fill_(torch.nan)
+        graph.replay()
+        return out
+
+    expected, *expected_pool = case.on_fresh_pool(in_two_launches, 0.02)
+    assert expected.isfinite().all()
+    for run in (launch, replay):
+        out, *pool = case.on_fresh_pool(run, 0.02)
+        for got, want in zip(pool, expected_pool, strict=True):
+            assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+        if HEADS[model][0] == 2 * HEADS[model][1]:
+            assert torch.equal(out, expected)
+        largest = expected.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        assert ((out.float() - expected.float()).abs() / largest).max() <= 1e-2
+
+
+@pytest.mark.parametrize("heads", [(14, 2, 64), (8, 1, 128), (3, 3, 128)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float16, 4e-3)])
+def test_decode_that_stores_in_other_types_and_groups(heads, dtype, bound, decode_case):
+    case = decode_case(DECODES["eight"], norm=True, heads=heads, block_size=32, dtype=dtype, device="cuda")
+    got = case.on_fresh_pool(kernels.rope_and_attend, 0.02)
+    for a, b in zip(got, case.on_fresh_pool(in_two_launches, 0.02), strict=True):
+        torch.testing.assert_close(a, b, atol=bound, rtol=bound, equal_nan=True)
+
+
+def test_fusing_can_be_turned_off(decode_case, monkeypatch):
+    heads = HEADS["Qwen3-0.6B and 1.7B"]
+    case = decode_case(DECODES["eight"], norm=True, heads=heads, dtype=torch.bfloat16, device="cuda")
+    fused = case.on_fresh_pool(kernels.rope_and_attend, 0.1)
+    monkeypatch.setattr(chip, "fuses", lambda: False)
+    for a, b in zip(fused, case.on_fresh_pool(kernels.rope_and_attend, 0.1), strict=True):
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
