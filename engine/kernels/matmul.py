@@ -11,6 +11,7 @@ library multiplies. Where the chip has no 8-bit product of these types, weights 
 The kernel: out is cut into tiles, a program for each, which walks the inputs, loading some steps ahead. For few rows
 the weight is the left operand, as the tensor cores want 64 rows of that. Where tiles are few and inputs many, the
 inputs are cut too: the programs of one tile leave their sums in `partial`, and the last to arrive adds them, in order.
+Small tiles (EARLY_ROWS) fetch the weights of their first step before they wait for the kernel that makes x.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -38,6 +39,7 @@ GROUPED_DIGIT_ROWS = 64  # where groups of inputs have scales: their sums are sc
 LIBRARY_FP8_ROWS = 1024  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
+EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
 
 _MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts up costs more than they save
 _MAX_TILES = 4096  # that can be split: at most one for each SM are
@@ -125,6 +127,23 @@ def _dot(x, w, acc, WEIGHT_LEFT: tl.constexpr):
     return acc
 
 
+@triton.jit
+def _wait_at(start, first):
+    """`gdc_wait` in the first step of a loop; 0, to be added to the addresses of what must not be read before.
+
+    In the loop, so that the pipeliner puts it among the loads that it moves ahead: after the first of weights. It moves
+    only what is pure, so this is called so; its result keeps it before the loads of x, and start inside the loop.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred now; setp.eq.s32 now, $1, $2; @now griddepcontrol.wait; mov.b32 $0, 0; }",
+        "=r,r,r",
+        [start, first],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["R", "num_splits"])
 def matmul_kernel(
     x,
@@ -149,6 +168,7 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # R is x's rows, two for each row of out where they are digits. Programs run in bands of BAND row tiles, so that
@@ -173,23 +193,30 @@ def matmul_kernel(
     SHAPE: tl.constexpr = (BLOCK_N, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_N)
     acc = tl.zeros(SHAPE, dtype=tl.int32 if INTEGER and GROUP == 0 else tl.float32)
     per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), num_splits) * BLOCK_K
-    if PDL:
+    begin = split * per_split
+    if PDL and not EARLY:
         gdc_wait()
-    for start in range(split * per_split, min((split + 1) * per_split, K), BLOCK_K):
-        if GROUP != 0:  # ahead of the operands, so that they come while those are waited for
-            group = start // GROUP
-            scales = _along(tl.load(w_scale + n * num_groups + group, mask=n_exists, other=0.0), WEIGHT_LEFT)
-            if KIND == W8A8:
-                x_scales = tl.load(x_scale + r * num_groups + group, mask=r_exists, other=0.0)
-                x_scales = _along(x_scales, not WEIGHT_LEFT)
+    for start in range(begin, min(begin + per_split, K), BLOCK_K):
         x_mask, w_mask = _along(r_exists, not WEIGHT_LEFT), _along(n_exists, WEIGHT_LEFT)
         if not EVEN_K:
             x_mask, w_mask = (
                 x_mask & _along(start + k < K, WEIGHT_LEFT),
                 w_mask & _along(start + k < K, not WEIGHT_LEFT),
             )
-        x_part = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        w_part = tl.load(w_tile + start, mask=w_mask, other=0.0)
+        x_start = start
+        if EARLY:
+            w_part = tl.load(w_tile + start, mask=w_mask, other=0.0)
+            if PDL:
+                x_start += _wait_at(start, begin) * BLOCK_K  # a multiple: else the copies of x would be of one value
+        if GROUP != 0:  # ahead of the operands, so that they come while those are waited for
+            scales = tl.load(w_scale + n * num_groups + start // GROUP, mask=n_exists, other=0.0)
+            scales = _along(scales, WEIGHT_LEFT)
+            if KIND == W8A8:
+                x_scales = tl.load(x_scale + r * num_groups + x_start // GROUP, mask=r_exists, other=0.0)
+                x_scales = _along(x_scales, not WEIGHT_LEFT)
+        x_part = tl.load(x_tile + x_start, mask=x_mask, other=0.0)
+        if not EARLY:
+            w_part = tl.load(w_tile + start, mask=w_mask, other=0.0)
         if KIND == WEIGHT_ONLY:
             w_part = widen(w_part, x_part.dtype)
         if GROUP == 0:
@@ -198,6 +225,8 @@ def matmul_kernel(
             zeros = tl.zeros(SHAPE, dtype=tl.int32 if INTEGER else tl.float32)
             part = _dot(x_part, w_part, zeros, WEIGHT_LEFT).to(tl.float32)
             acc += part * (scales * x_scales) if KIND == W8A8 else part * scales
+    if PDL and EARLY:
+        gdc_wait()  # a part of no inputs has not waited
     acc = acc.to(tl.float32)
     ROWS: tl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
     m, M = first + tl.arange(0, ROWS), R
@@ -403,6 +432,7 @@ def multiply(
         BLOCK_N=tile.block_n,
         BLOCK_K=block_k,
         BAND=8,
+        EARLY=tile.block_m <= EARLY_ROWS,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **chip.dependent_launch(x.device),

@@ -76,6 +76,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         compiled[kernel.hash] = (kernel.metadata.name, kernel.metadata.shared)
+        if self is matmul.matmul_kernel and kwargs["PDL"]:
+            check_early(kernel.asm["ptx"], args[2], **kwargs)
         return kernel
 
     JITFunction.run = compile_instead
@@ -105,6 +107,17 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     attend(14, 2, 64, dtype, [dtype], qk_norm=False, offset=1)
     assert len(compiled) == known, "indices that begin elsewhere must not need another version"
     return sorted(compiled.values())
+
+
+def check_early(
+    ptx: str, w: torch.Tensor, *, EARLY: bool, BLOCK_N: int, BLOCK_K: int, num_warps: int, **rest: object
+) -> None:
+    """Before a product waits for the kernel before it, it reads the weights of its first step, or nothing."""
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    assert after and "ld.global" not in before
+    fetched = 16 * 32 * num_warps * before.count("cp.async.cg.shared.global")
+    assert fetched == (BLOCK_N * BLOCK_K * w.itemsize if EARLY else 0), (fetched, BLOCK_N, BLOCK_K, rest)
+    assert not EARLY or after.count("cp.async.cg.shared.global") > 0
 
 
 def multiply(capability: int, dtype: torch.dtype) -> None:

@@ -102,6 +102,30 @@ def test_products_of_two_digits(stored, group):
             torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_fetching_weights_early_changes_nothing(stored, group, monkeypatch):
+    """Bit for bit, for every kind of product; 300 inputs end inside a step, and of three parts all have some, of seven
+    not.
+    """
+    x, bias = torch.randn(5, 300), torch.randn(70)
+    qdata, scale = stored_weight(70, 300, group, stored)
+    cases = [
+        (x.half(), None, torch.randn(70, 300).half(), None),
+        (x, None, qdata, scale),
+        (*reference.quantize_tokens(x, stored, group), qdata, scale),
+        (*reference.split_tokens(x.half(), stored), qdata, scale),
+    ]
+    for case in cases:
+        for splits, tile in zip((1, 3, 7), (*BOTH_WAYS, SMALL_TILE), strict=True):
+            got = []
+            for early_rows in (0, 16):
+                monkeypatch.setattr(matmul, "EARLY_ROWS", early_rows)
+                used_group = group if case[3] is not None else 0
+                got.append(matmul.multiply(*case, bias, torch.float32, used_group, tile, splits))
+            assert torch.equal(*got) and got[0].isfinite().all()
+
+
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_two_digits_stand_for_the_activations(stored):
     """The product of the digits is that of the 16-bit activations, to 2^-16 of the largest for each input."""
