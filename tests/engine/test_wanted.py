@@ -109,8 +109,13 @@ def test_a_mixed_graph_gives_the_hidden_states_that_are_sampled(checkpoint: Chec
         plan = replace(plan, query_lens_host=lengths, context_lens_host=plan.context_lens.numpy())
         return reference.attention(q, cache, block_tables, plan, scale)
 
+    def rope_and_attend(*args: Any) -> Tensor:
+        new, rest = args[:8], args[8:]
+        return attention(kernels.rope_and_store(*new), args[6], *rest)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "attention", attention)
+        patch.setattr(kernels, "rope_and_attend", rope_and_attend)
         runner = llm.engine.runner
         graphs = MixedGraphs(runner.models, runner.tables, runner.kv, runner.block_sizes)
         graphs.capture(lambda work: SimpleNamespace(replay=work))  # type: ignore[arg-type, return-value]
