@@ -44,8 +44,8 @@ from engine.kernels.reference import SMALLEST_KV
 from engine.kernels.rope import check_heads, rotate, store_heads
 
 MAX_SPLITS = 32
-MIN_SPLIT = 32  # positions; below this joining costs more than the split gains
-_PROGRAMS_PER_SM = 6  # more than that read no faster, and each that leaves at once still costs 4 ns
+MIN_SPLIT = 32  # positions; below this joining costs more than the split gains, at any number of programs
+_PROGRAMS_PER_SM = {2: 16, 1: 24}  # that splitting makes of few, by bytes of a stored value; measured on an H200
 _COLUMNS = 8  # the least columns of a tensor-core tile; G of them are used
 _MAX_COUNTERS = 1 << 16
 
@@ -68,7 +68,7 @@ def choose_tile(dtype: torch.dtype, kind: str, block_size: int, programs_per_sm:
 
 
 @triton.jit(
-    do_not_specialize=["num_splits"],
+    do_not_specialize=["num_splits", "least"],
     do_not_specialize_on_alignment=["rows", "context_lens", "positions", "slots"],
 )
 def decode_kernel(
@@ -96,6 +96,7 @@ def decode_kernel(
     k_stride,
     v_stride,
     num_splits,
+    least,  # positions of a part, where its context has more parts than one
     BLOCK_SIZE: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
@@ -105,7 +106,6 @@ def decode_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,  # G or the next power of two
     BLOCK_N: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SMALLEST: tl.constexpr,
     FUSED: tl.constexpr,
@@ -145,7 +145,7 @@ def decode_kernel(
     else:
         position = 0
         q_tile = tl.load(q + head[None, :] * D + d[:, None], mask=valid, other=0.0)  # [D, M]
-    per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), max(1, min(num_splits, tl.cdiv(context, MIN_SPLIT)))) * BLOCK_N
+    per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), max(1, min(num_splits, tl.cdiv(context, least)))) * BLOCK_N
     used = tl.cdiv(context, max(per_split, 1))  # 0 for padding, whose output the first program writes
     # None is negative. But ptxas moves a load that nothing before a return needs behind it, where it waits its turn.
     if (split >= max(used, 1)) | (row < 0) | (position < 0):
@@ -264,9 +264,22 @@ def _join(partial, lse, out, head, num_splits, used, D: tl.constexpr, MAX_SPLITS
     tl.store(out + head * D + d, joined.to(out.dtype.element_ty))
 
 
-def choose_splits(programs: int, longest: int, num_sms: int) -> int:
-    """Into how many parts to split contexts of up to `longest` positions, given `programs` without splitting."""
-    return max(1, min(_PROGRAMS_PER_SM * num_sms // programs, longest // MIN_SPLIT, MAX_SPLITS))
+def choose_splits(programs: int, longest: int, num_sms: int, itemsize: int) -> int:
+    """Into how many parts to split contexts of up to `longest` positions, given `programs` without splitting.
+
+    Also where they are enough to keep all SMs reading: contexts differ, and the last long one would be read by one
+    program alone. With 16-bit caches that no longer pays from six programs an SM on.
+    """
+    if itemsize > 1 and programs > 6 * num_sms:
+        return 1
+    most = round(_PROGRAMS_PER_SM[min(itemsize, 2)] * num_sms / programs)
+    few = 4 * programs <= num_sms
+    return max(1, min(most, longest // MIN_SPLIT, MAX_SPLITS if few else MAX_SPLITS // 2))
+
+
+def min_split(programs: int, num_sms: int) -> int:
+    """Positions of a part at least, given `programs` without splitting: the more, the less a part may cost."""
+    return MIN_SPLIT << next((i for i in range(3) if programs <= (i + 1) * num_sms), 4)
 
 
 def decode(
@@ -354,6 +367,7 @@ def _launch(
         k_cache.stride(0),
         v_read.stride(0),
         num_splits,
+        min_split(plan.num_decodes * num_kv_heads, chip.num_sms(q.device)),
         BLOCK_SIZE=block_size,
         HKV=num_kv_heads,
         G=group,
@@ -363,7 +377,6 @@ def _launch(
         COLUMNS=_COLUMNS,
         ROWS=triton.next_power_of_2(group),
         BLOCK_N=tile.block_n,
-        MIN_SPLIT=MIN_SPLIT,
         MAX_SPLITS=MAX_SPLITS,
         SMALLEST=SMALLEST_KV,
         FUSED=fused,

@@ -48,4 +48,5 @@ def rope_and_attend(
 
 def _num_splits(cache: KVCache, plan: AttentionPlan) -> int:
     longest = int(np.max(plan.context_lens_host[: plan.num_decodes]))
-    return choose_splits(plan.num_decodes * cache.k.shape[2], longest, chip.num_sms(cache.k.device))
+    programs, num_sms = plan.num_decodes * cache.k.shape[2], chip.num_sms(cache.k.device)
+    return choose_splits(programs, longest, num_sms, cache.k.itemsize)

@@ -92,7 +92,7 @@ def test_prefill(heads, paged_batch):
 @pytest.fixture
 def split_early(monkeypatch):
     """Contexts of two tiles and more are split."""
-    monkeypatch.setattr(decode_attention, "MIN_SPLIT", 16)
+    monkeypatch.setattr(decode_attention, "min_split", lambda programs, num_sms: 16)
     yield
     assert not decode_attention._counters(torch.device("cpu")).any(), "the next launch expects zeros"
 
