@@ -1,21 +1,29 @@
 """`octavo-bench tune`: measure which tiles and splits suit this GPU for a model's matrices, and write its table.
 
-    octavo-bench tune DIR                 the table that engines on this GPU read at their start
-    octavo-bench tune DIR --out FILE      elsewhere: OCTAVO_TUNED=FILE names it to an engine
-    octavo-bench tune DIR --only gemv     the products of one row alone
+    octavo-bench tune DIR                                  the table that engines on this GPU read at their start
+    octavo-bench tune DIR --out FILE                       elsewhere: OCTAVO_TUNED=FILE names it to an engine
+    octavo-bench tune DIR --only gemv                      the products of one row alone
+    octavo-bench tune DIR --only plain --rows 16,32        16-bit products of up to 16 and up to 32 rows
+    octavo-bench tune DIR --shapes 4096x2048               one matrix (outputs x inputs) alone
 
 For each shape of matrix, and each range of rows that the engine's kernels take: every tile that the kernels know for
-any chip and that fits this one, with one and more parts of the inputs. Random weights of a few hundred MB in turn, so
-that none stays in the cache; a CUDA graph of all of them, timed. A choice is written where it beats the kernels' own
-rules by more than 2 %. Some minutes, most of them compilation. See `engine/kernels/tuned.py`.
+any chip and that fits this one, and for few rows smaller ones, with one and more parts of the inputs. All are compiled
+first, by a process for each core. Then they are timed: random weights of a few hundred MB in turn, so that none stays
+in the cache, and a CUDA graph of all of them. A choice is written where it beats the kernels' own rules by more than
+2 %. Some minutes for everything. See `engine/kernels/tuned.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,23 +33,47 @@ from engine.benchmarks import machine
 from engine.benchmarks.works import captured
 from engine.config import ModelConfig, load_model_config
 from engine.kernels import chip, tuned
-from engine.kernels.tuned import Choices
 from engine.runner import pick_device
 
+KINDS = ("gemv", "plain", "w8a8", "digits")
 STREAMED = 256 << 20  # bytes of weights in turn
 GAIN = 0.98  # of the rules' time that a choice must stay below
 GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (4, 8) for programs in (0, 4, 6)]
 SPLITS = (1, 2, 4, 8)
 LEAST_DEPTH = 512  # inputs of a part
+FEW_ROWS = 32  # up to so many, smaller tiles than the known ones are tried
+IN_FLIGHT = (3 << 20, 16 << 20)  # bytes of weights under way at once: fewer wait for memory, more for each other
+COPIES = (4, 16)  # of 16 bytes, by one thread for one step
 
-Product = Callable[[Tensor], None]  # of one weight
+Choice = tuple[int, ...]
+Product = Callable[[Tensor], object]  # of one weight
 Clock = Callable[[Product, list[Tensor]], float]  # seconds of a product, in turn on these weights
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one entry of a table is for. dtype: the weights'. rows: as they are multiplied."""
+
+    kind: str  # one of KINDS
+    dtype: torch.dtype
+    rows: int
+    width: int
+    depth: int
+
+    @property
+    def key(self) -> str:
+        if self.kind == "gemv":
+            return tuned.gemv_key(self.dtype.itemsize, self.width, self.depth)
+        return tuned.product_key(self.kind, self.dtype, self.rows, self.width, self.depth)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="a local checkpoint folder: its config.json gives the shapes")
-    add("--only", default="gemv,plain,w8a8,digits", help="kinds of product, comma-separated (default: %(default)s)")
+    add("--only", default=",".join(KINDS), help="kinds of product, comma-separated (default: %(default)s)")
+    rows = ",".join(map(str, tuned.ROWS))
+    add("--rows", default=rows, help="ranges of rows, each named by its last (default: %(default)s); gemv is one row")
+    add("--shapes", default="", help="of matrices, NxK for N outputs of K inputs (default: all of the model's)")
     add("--device", default="auto", help="cuda or cuda:N (default: auto)")
     add("--out", metavar="FILE", help="where to write (default: beside the kernels, named for the GPU)")
 
@@ -50,26 +82,37 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if device.type != "cuda":
         raise SystemExit("tune measures kernels of a GPU, and none is here")
-    kinds = args.only.split(",")
-    if not set(kinds) <= {"gemv", "plain", "w8a8", "digits"}:
-        raise SystemExit(f"--only: unknown kind in {args.only!r}; known: gemv, plain, w8a8, digits")
     if os.environ.get(chip.VARIABLE):
         raise SystemExit(f"tune finds choices for the GPU that is here: unset {chip.VARIABLE}")
+    kinds = restricted("--only", args.only, list(KINDS))
+    rows = [int(r) for r in restricted("--rows", args.rows, [str(r) for r in tuned.ROWS])]
+    names = {f"{width}x{depth}": (width, depth) for width, depth in matrices(load_model_config(args.model))}
+    shapes = [names[name] for name in restricted("--shapes", args.shapes, list(names))]
     torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
     path = Path(args.out) if args.out else tuned.table_path(gpu)
     kept = tuned.read(path, gpu) if path.exists() else {}
     tuned.choices(device).clear()  # what the rules alone choose is what a choice must beat
     found = dict(kept)
-    for key, best in tune(matrices(load_model_config(args.model)), kinds, device, seconds_of):
+    chosen = list(cases(shapes, kinds, rows, device))
+    compile_all(chosen, device)
+    for key, best in tune(chosen, device, seconds_of):
         found.pop(key, None)
         found |= {key: best} if best else {}
-        print(f"{key:44}{'the rules' if best is None else best}", flush=True)
     import triton
 
     when = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, triton {triton.__version__}"
     tuned.write(path, gpu, when, found)
     print(f"{len(found)} choices in {path}")
+
+
+def restricted(option: str, given: str, known: list[str]) -> list[str]:
+    """Those of the known that are given, comma-separated; all where none is. Ends the program at an unknown one."""
+    names = [name.strip() for name in given.split(",") if name.strip()] or known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"{option}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return list(dict.fromkeys(names))
 
 
 def matrices(config: ModelConfig) -> list[tuple[int, int]]:
@@ -81,78 +124,142 @@ def matrices(config: ModelConfig) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*shapes, (c.vocab_size, c.hidden_size)]))
 
 
-def tune(
-    shapes: list[tuple[int, int]], kinds: list[str], device: torch.device, clock: Clock
-) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """A key of `tuned` and its best choice, None where the rules are as good."""
+def cases(shapes: list[tuple[int, int]], kinds: list[str], rows: Iterable[int], device: torch.device) -> Iterator[Case]:
+    """Those of one shape and dtype together."""
     for width, depth in shapes:
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-            count = max(1, STREAMED // (width * depth * dtype.itemsize))
-            weights = [_random(width, depth, dtype, device) for _ in range(count)]
             if "gemv" in kinds and dtype != torch.float8_e4m3fn:  # as many bytes as INT8, and the same key
-                yield tuned.gemv_key(dtype.itemsize, width, depth), best_gemv(weights, clock)
-            for kind in kinds:
-                for rows in tuned.ROWS:
-                    if kind != "gemv" and _multiplies(kind, dtype, rows, device):
-                        yield (
-                            tuned.product_key(kind, dtype, rows, width, depth),
-                            best_product(kind, rows, weights, clock),
-                        )
+                yield Case("gemv", dtype, 1, width, depth)
+            for kind, most in itertools.product(kinds, rows):
+                case = Case(kind, dtype, most, width, depth)
+                if kind != "gemv" and _multiplies(case, device):
+                    yield case
 
 
-def best_gemv(weights: list[Tensor], clock: Clock) -> tuple[int, ...] | None:
+def _multiplies(case: Case, device: torch.device) -> bool:
+    """Whether the engine's own kernel gets such products here."""
+    from engine.kernels.matmul import PLAIN_ROWS, PLAIN_WIDTH
+
+    if case.kind == "plain":
+        return case.dtype == torch.bfloat16 and case.rows <= PLAIN_ROWS and case.width <= PLAIN_WIDTH
+    return case.dtype == torch.int8 or (case.dtype == torch.float8_e4m3fn and chip.capability(device) >= (8, 9))
+
+
+def tune(chosen: Iterable[Case], device: torch.device, clock: Clock) -> Iterator[tuple[str, Choice | None]]:
+    """A key of `tuned` and its best choice, None where the rules are as good; each is printed."""
+    for (width, depth, dtype), some in itertools.groupby(chosen, lambda case: (case.width, case.depth, case.dtype)):
+        count = max(1, STREAMED // (width * depth * dtype.itemsize))
+        weights = [_random(width, depth, dtype, device) for _ in range(count)]
+        for case in some:
+            yield case.key, best_choice(case, weights, clock)
+
+
+def best_choice(case: Case, weights: list[Tensor], clock: Clock) -> Choice | None:
+    device = weights[0].device
+    product = product_of(case, device)
+    rules = _seconds(case, None, device, lambda: clock(product, weights))
+    timed = {c: _seconds(case, c, device, lambda: clock(product, weights)) for c in choices_of(case, device)}
+    best = min(timed, key=lambda choice: timed[choice])
+    better = timed[best] < GAIN * rules
+    print(
+        f"{case.key:36} of {len(timed):3}, us: {timed[best] * 1e6:8.2f} by {best}, {rules * 1e6:8.2f} by the rules"
+        f"{'' if better else ', which stay'}",
+        flush=True,
+    )
+    return best if better else None
+
+
+def product_of(case: Case, device: torch.device) -> Product:
+    """The kernel of this case on random rows, with the choice that its entry in the table says."""
     from engine.kernels.gemv import gemv
-
-    width, depth = weights[0].shape
-    x = _random(1, depth, torch.bfloat16, weights[0].device)
-    scale = None if weights[0].itemsize > 1 else torch.ones(width, 1, device=x.device)
-    out = torch.empty(1, width, dtype=x.dtype, device=x.device)
-
-    def run(weight: Tensor) -> None:
-        gemv(x, weight, scale, out=out)
-
-    key, table = tuned.gemv_key(weights[0].itemsize, width, depth), tuned.choices(x.device)
-    return _best(lambda choice: _override(table, key, choice, lambda: clock(run, weights)), GEMV_TILES)
-
-
-def best_product(kind: str, rows: int, weights: list[Tensor], clock: Clock) -> tuple[int, ...] | None:
     from engine.kernels.matmul import multiply
 
-    (width, depth), stored, device = weights[0].shape, weights[0].dtype, weights[0].device
-    x = _random(rows, depth, stored, device)
-    scale = None if kind == "plain" else torch.ones(width, 1, device=device)
-    tokens = rows // 2 if kind == "digits" else rows
-    x_scale = None if kind == "plain" else torch.ones(tokens, 1, device=device)
-    out = torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
-
-    def run(weight: Tensor) -> None:
-        multiply(x, x_scale, weight, scale, None, out.dtype, 0, out=out)
-
-    key, table = tuned.product_key(kind, stored, rows, width, depth), tuned.choices(device)
-    choices = list(product_choices(rows, width, depth, chip.num_sms(device)))
-    return _best(lambda choice: _override(table, key, choice, lambda: clock(run, weights)), choices)
+    wide = case.dtype.itemsize > 1
+    scale = None if wide else torch.ones(case.width, 1, device=device)
+    tokens = case.rows // 2 if case.kind == "digits" else case.rows
+    out = torch.empty(tokens, case.width, dtype=torch.bfloat16, device=device)
+    if case.kind == "gemv":
+        row = _random(1, case.depth, torch.bfloat16, device)
+        return lambda weight: gemv(row, weight, scale, out=out)
+    x = _random(case.rows, case.depth, case.dtype, device)
+    x_scale = None if wide else torch.ones(tokens, 1, device=device)
+    return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, 0, out=out)
 
 
-def product_choices(rows: int, width: int, depth: int, num_sms: int) -> Iterator[tuple[int, ...]]:
-    """The known tiles that do not compute mostly padding, with the inputs in one part, and in more where SMs idle."""
+def choices_of(case: Case, device: torch.device) -> list[Choice]:
+    if case.kind == "gemv":
+        return list(GEMV_TILES)
+    return list(product_choices(case, chip.num_sms(device), chip.shared_memory(device)))
+
+
+def product_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:
+    """The known tiles that do not compute mostly padding, with the inputs in one part, and in more where SMs idle; and
+    small ones for few rows. shared: bytes that a program can have.
+    """
     from engine.kernels import matmul as m
 
     tables = [m.TILES_16BIT, m.TILES_8BIT, m.PLAIN_SM90, m.W8A8_INT8_SM90, m.W8A8_FP8_SM90]
     tables += [m.DIGITS_INT8_SM90, m.DIGITS_FP8_SM90]
+    found: list[Choice] = []
+    most = case.rows if case.rows <= FEW_ROWS else 2 * case.rows
     for t in dict.fromkeys(tile for table in tables for _, tiles in table for tile in tiles):
-        programs = -(-rows // t.block_m) * -(-width // t.block_n)
-        for splits in SPLITS if t.block_m <= max(2 * rows, 16) else ():
-            if splits == 1 or (depth // splits >= LEAST_DEPTH and programs * splits <= 2 * num_sms):
-                yield t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, int(t.weight_left), splits
+        programs = -(-case.rows // t.block_m) * -(-case.width // t.block_n)
+        for splits in SPLITS if t.block_m <= most else ():
+            if splits == 1 or (case.depth // splits >= LEAST_DEPTH and programs * splits <= 2 * num_sms):
+                tile = t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, int(t.weight_left)
+                found.append((*tile, splits))
+    few = few_row_choices(case, num_sms, shared) if case.rows <= FEW_ROWS else ()
+    return list(dict.fromkeys([*found, *few]))
 
 
-def _multiplies(kind: str, dtype: torch.dtype, rows: int, device: torch.device) -> bool:
-    """Whether the engine's own kernel gets such products here."""
-    from engine.kernels.matmul import PLAIN_ROWS
+def few_row_choices(case: Case, num_sms: int, shared: int) -> Iterator[Choice]:
+    """Tiles of few weights that keep enough of them under way: for tens of rows, that is what the time depends on."""
+    size, block_m = case.dtype.itemsize, 16 if case.rows <= 16 else 32
+    for block_n, block_k, num_stages in itertools.product((16, 32, 64), (128, 256, 512), (3, 4, 6)):
+        step, held = block_n * block_k * size, num_stages * (block_m + block_n) * block_k * size  # bytes
+        tiles, ahead = -(-case.width // block_n), num_stages - 1
+        for splits in SPLITS if held <= shared else ():
+            programs, part = tiles * splits, case.depth // splits
+            if splits > 1 and (part < 2 * LEAST_DEPTH or tiles * splits // 2 >= num_sms or programs >= 2 * num_sms):
+                continue  # adding the parts up costs, and what fills the chip needs no more of them
+            flying = min(programs, num_sms * (shared // held)) * ahead * step
+            least = min(IN_FLIGHT[0], case.width * case.depth * size // 3)
+            if part < ahead * block_k or programs < num_sms / 2 or not least <= flying <= IN_FLIGHT[1]:
+                continue
+            for num_warps in (4, 8) if block_n == 64 else (2, 4):  # 64 weights are what wgmma takes, of four warps
+                if COPIES[0] <= step / (512 * num_warps) <= COPIES[1]:
+                    yield block_m, block_n, block_k, num_warps, num_stages, 1, splits
 
-    if kind == "plain":
-        return dtype == torch.bfloat16 and rows <= PLAIN_ROWS
-    return dtype == torch.int8 or (dtype == torch.float8_e4m3fn and chip.capability(device) >= (8, 9))
+
+def compile_all(chosen: Iterable[Case], device: torch.device) -> None:
+    """Fill Triton's cache on disk with every version that will be timed, by as many processes as there are cores.
+
+    A version that cannot be compiled or launched fails again where it is timed, and is dealt with there.
+    """
+    versions: dict[object, tuple[Case, Choice]] = {}
+    for case in chosen:
+        for choice in choices_of(case, device):
+            shape = (case.width, case.depth) if case.kind == "gemv" else (case.depth % choice[2] == 0)
+            tile = choice if case.kind == "gemv" else choice[:6]
+            versions.setdefault((case.kind, case.dtype, shape, tile), (case, choice))
+    count = min(len(os.sched_getaffinity(0)), len(versions))
+    with ProcessPoolExecutor(max(count, 1), multiprocessing.get_context("spawn")) as pool:
+        started = [pool.submit(compile_one, case, choice, device) for case, choice in versions.values()]
+        for done, _ in enumerate(as_completed(started), 1):
+            if done % 32 == 0 or done == len(started):
+                print(f"compiled {done} of {len(started)} versions, {count} at a time", flush=True)
+
+
+def compile_one(case: Case, choice: Choice, device: torch.device) -> None:
+    """By launching it once; where the number of outputs is not compiled in, on few of them."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if case.kind != "gemv":
+        case = replace(case, width=min(case.width, 256))
+    product = product_of(case, device)
+    weight = torch.zeros(case.width, case.depth, dtype=case.dtype, device=device)
+    with _chosen(case.key, choice, device):
+        product(weight)
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -161,25 +268,26 @@ def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
     return torch.randn(rows, columns, device=device).to(dtype)
 
 
-def _best(
-    seconds: Callable[[tuple[int, ...] | None], float], choices: Sequence[tuple[int, ...]]
-) -> tuple[int, ...] | None:
-    timed = {choice: seconds(choice) for choice in choices}
-    best = min(timed, key=lambda choice: timed[choice])
-    return best if timed[best] < GAIN * seconds(None) else None
-
-
-def _override(table: Choices, key: str, choice: tuple[int, ...] | None, seconds: Callable[[], float]) -> float:
-    """Seconds with this choice in the table; infinite where it does not fit the chip."""
+def _seconds(case: Case, choice: Choice | None, device: torch.device, measure: Callable[[], float]) -> float:
+    """With this choice, or by the rules; infinite where it does not fit the chip."""
     from triton.runtime.errors import OutOfResources
 
+    with _chosen(case.key, choice, device):
+        try:
+            return measure()
+        except OutOfResources:
+            return float("inf")
+
+
+@contextmanager
+def _chosen(key: str, choice: Choice | None, device: torch.device) -> Iterator[None]:
+    """Inside, the table for this GPU has this choice, or none."""
+    table = tuned.choices(device)
     table.pop(key, None)
     if choice is not None:
         table[key] = choice
     try:
-        return seconds()
-    except OutOfResources:
-        return float("inf")
+        yield
     finally:
         table.pop(key, None)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -52,6 +53,15 @@ def choose_as(name: str) -> None:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors; 1 without a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have; those of sm_89 without a GPU."""
+    if device.type != "cuda":
+        return 99 << 10
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:

@@ -245,10 +245,11 @@ def test_tuning_runs_every_choice_and_keeps_the_fastest(monkeypatch):
     def clock(product, weights):
         product(weights[0])
         tried.append(dict(table))
-        return 1.0 if (256, 4, 4) in table.values() or (32, 64, 256, 4, 3, 1, 1) in table.values() else 2.0
+        return 1.0 if (256, 4, 4) in table.values() or (16, 64, 256, 4, 3, 1, 1) in table.values() else 2.0
 
-    found = dict(tune.tune([(48, 64)], ["gemv", "w8a8", "digits"], torch.device("cpu"), clock))
-    gemv_best, product_best = (256, 4, 4), (32, 64, 256, 4, 3, 1, 1)
+    cpu = torch.device("cpu")
+    found = dict(tune.tune(tune.cases([(48, 64)], ["gemv", "w8a8", "digits"], [16], cpu), cpu, clock))
+    gemv_best, product_best = (256, 4, 4), (16, 64, 256, 4, 3, 1, 1)
     assert found == {
         "gemv/2/48x64": gemv_best,
         "gemv/1/48x64": gemv_best,
@@ -257,4 +258,8 @@ def test_tuning_runs_every_choice_and_keeps_the_fastest(monkeypatch):
     }
     assert {} in tried and all(len(t) <= 1 for t in tried) and table == {}
     assert all(tuned.valid(key, list(choice)) for t in tried for key, choice in t.items())
-    assert [b for _, b in tune.tune([(48, 64)], ["gemv"], torch.device("cpu"), lambda *_: 1.0)] == [None, None]
+    gemv_alone = list(tune.cases([(48, 64)], ["gemv"], [16], cpu))
+    assert [b for _, b in tune.tune(gemv_alone, cpu, lambda *_: 1.0)] == [None, None]
+    for case in tune.cases([(300, 64)], ["gemv", "w8a8"], [16], cpu):
+        tune.compile_one(case, tune.choices_of(case, cpu)[-1], cpu)
+    assert table == {}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.benchmarks import tune
 from engine.config import ModelError
 from engine.kernels import tuned
 
@@ -72,3 +73,45 @@ def test_the_tables_that_come_along_are_valid() -> None:
     for file in tuned.FOLDER.glob("*.json"):
         gpu = json.loads(file.read_text())["gpu"]
         assert tuned.read(file, gpu) and tuned.table_path(gpu) == file
+
+
+# Qwen3-1.7B on a chip with 132 multiprocessors and 227 KiB for a program
+@pytest.mark.parametrize("shape", [(4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)])
+@pytest.mark.parametrize(("kind", "dtype"), [("plain", torch.bfloat16), ("w8a8", torch.int8)])
+def test_few_rows_are_tried_in_small_tiles_that_fit(kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    for rows in (16, 32):
+        case = tune.Case(kind, dtype, rows, *shape)
+        small = list(tune.few_row_choices(case, 132, 227 << 10))
+        assert 15 <= len(small) <= 60 and len(set(small)) == len(small)
+        assert {choice[1] for choice in small} >= {16, 32}
+        for block_m, block_n, block_k, _, num_stages, left, splits in small:
+            assert block_m == rows and left == 1 and shape[1] // splits >= block_k * (num_stages - 1)
+            assert num_stages * (block_m + block_n) * block_k * dtype.itemsize <= 227 << 10
+        choices = tune.product_choices(case, 132, 227 << 10)
+        assert set(small) <= set(choices) and len(set(choices)) == len(choices)
+        assert all(tuned.valid(case.key, list(choice)) for choice in choices)
+    more = tune.product_choices(tune.Case(kind, dtype, 64, *shape), 132, 227 << 10)
+    assert all(choice[1] >= 32 for choice in more)  # the known tiles alone
+
+
+def test_tuning_is_restricted_to_what_is_asked_for() -> None:
+    assert tune.restricted("--rows", "32, 16,32", ["16", "32", "64"]) == ["32", "16"]
+    assert tune.restricted("--shapes", "", ["2x3", "4x5"]) == ["2x3", "4x5"]
+    with pytest.raises(SystemExit, match=r"--rows: unknown 8; known: 16, 32"):
+        tune.restricted("--rows", "8", ["16", "32"])
+    cpu = torch.device("cpu")
+    assert [c.key for c in tune.cases([(64, 32), (1 << 17, 32)], ["gemv", "plain"], [16, 64], cpu)] == [
+        "gemv/2/64x32",
+        "plain/bfloat16/16/64x32",
+        "gemv/1/64x32",
+        "gemv/2/131072x32",
+        "gemv/1/131072x32",
+    ]
+
+
+def test_every_version_is_compiled_once_in_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Here, where nothing can be compiled, each fails, which is no matter."""
+    cpu = torch.device("cpu")
+    tune.compile_all(tune.cases([(64, 512), (32, 512)], ["w8a8"], [64], cpu), cpu)
+    known = {c[:6] for c in tune.product_choices(tune.Case("w8a8", torch.int8, 64, 64, 512), 1, 99 << 10)}
+    assert f"compiled {len(known)} of {len(known)} versions" in capsys.readouterr().out
