@@ -45,6 +45,8 @@ from engine.weights import count_token_ids
 
 log = logging.getLogger("octavo.engine")
 
+GPU_TOKEN_BUDGET, CPU_TOKEN_BUDGET = 8192, 2048  # of one step, unless the configuration says
+
 
 @dataclass
 class StepResult:
@@ -362,7 +364,8 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
-    budget = max(config.max_num_batched_tokens or (8192 if on_gpu else 2048), config.max_num_seqs)
+    default = GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
+    budget = max(config.max_num_batched_tokens or default, config.max_num_seqs)
     return msgspec.structs.replace(
         config,
         variants=variants,

@@ -29,7 +29,7 @@ from engine.memory import (
     planned_weights,
 )
 from engine.mixed_graphs import MixedGraphs
-from engine.models.qwen import Qwen
+from engine.models.qwen import Qwen, Wanted
 from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.smooth import smoothing_for
@@ -168,9 +168,11 @@ class Runner:
         if num_rows == WARM_UP_ROWS[-1]:
             contexts = batch.plan.context_lens_host + self.max_model_len  # of a later part of a prompt: see `kv_widen`
             batches.append(replace(batch, plan=replace(batch.plan, context_lens_host=contexts)))
-            for size in (1, self.config.max_num_seqs):  # also in the last layer of a prefill, for few that are sampled
+            for size in (1, self.config.max_num_seqs):
                 rows = torch.full((size,), spare, dtype=torch.int32, device=self.device)
-                batches.append(decode_batch(rows, torch.zeros_like(rows), self.tables, self.block_sizes[variant]))
+                decode = decode_batch(rows, torch.zeros_like(rows), self.tables, self.block_sizes[variant])
+                # decode's attention is also the last layer's of a prefill, without the store
+                batches += [decode, replace(batch, wanted=Wanted(torch.zeros_like(rows), decode.plan))]
         model, most = self.models[variant], max(PROMPT_LOGPROB_ROWS, self.config.max_num_seqs)
         for batch in batches:
             model.logits(model.forward(batch, self.kv[variant])[:most])
