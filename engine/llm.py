@@ -96,8 +96,8 @@ def _token_budget(device_name: str) -> int:
 
 class LLM:
     """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields and have its defaults, but
-    for two, as nobody watches a stream here: only the token budget bounds prefill beside decode, and on a GPU with 64 GiB
-    or more it is twice as large.
+    for two, as nobody watches a stream here: only the token budget bounds prefill beside decode, and it is twice as
+    large on a GPU with 64 GiB or more.
 
     nano-vLLM's `enforce_eager` (no CUDA graphs) and `tensor_parallel_size=1` are accepted.
     Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.

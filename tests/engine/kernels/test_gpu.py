@@ -184,7 +184,9 @@ def in_two_launches(*args: Any) -> torch.Tensor:
 @pytest.mark.parametrize("mix", DECODES)
 @pytest.mark.parametrize("model", HEADS)
 def test_decode_that_stores(model, mix, norm, kv, decode_case):
-    """The pool gets the same bits as from two launches, also when captured; where G is 2, so do the queries."""
+    """The pool gets the same bits as from two launches, also when captured. The output may round another way: the
+    compiler orders the sums of 16 bits as it likes.
+    """
     how = {"norm": norm, "heads": HEADS[model], "dtype": torch.bfloat16, "device": "cuda", "apart": True, "kv": kv}
     case = decode_case(DECODES[mix], block_size=16 if kv is None else 32, **how)
     graph = torch.cuda.CUDAGraph()
@@ -206,7 +208,7 @@ def test_decode_that_stores(model, mix, norm, kv, decode_case):
         out, *pool = case.on_fresh_pool(run, 0.02)
         for got, want in zip(pool, expected_pool, strict=True):
             assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
-        if HEADS[model][0] == 2 * HEADS[model][1]:
+        if kv is not None and HEADS[model][0] == 2 * HEADS[model][1]:
             assert torch.equal(out, expected)
         largest = expected.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
         assert ((out.float() - expected.float()).abs() / largest).max() <= 1e-2
@@ -224,9 +226,11 @@ def test_decode_that_stores_in_other_types_and_groups(heads, dtype, bound, decod
 def test_fusing_can_be_turned_off(decode_case, monkeypatch):
     heads = HEADS["Qwen3-0.6B and 1.7B"]
     case = decode_case(DECODES["eight"], norm=True, heads=heads, dtype=torch.bfloat16, device="cuda")
-    fused = case.on_fresh_pool(kernels.rope_and_attend, 0.1)
+    out, *pool = case.on_fresh_pool(kernels.rope_and_attend, 0.1)
     monkeypatch.setattr(chip, "fuses", lambda: False)
-    for a, b in zip(fused, case.on_fresh_pool(kernels.rope_and_attend, 0.1), strict=True):
+    expected, *expected_pool = case.on_fresh_pool(kernels.rope_and_attend, 0.1)
+    torch.testing.assert_close(out.float(), expected.float(), **ATTENTION_BOUND)
+    for a, b in zip(pool, expected_pool, strict=True):
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
