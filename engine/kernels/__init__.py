@@ -319,7 +319,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 
 def weight_only_matmul(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    group_size: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x[M, K] @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in x's dtype.
 
@@ -327,13 +332,15 @@ def weight_only_matmul(
     The definition is the linear layer of the dequantised weight, that is (qdata.float() * scale) rounded to x's dtype.
     The kernels multiply the stored 8-bit values, accumulate in fp32 and scale the sums: in 16 bits that is closer to
     the exact product than the twin, in fp32 they differ by rounding only. In 16 bits several rows are split in digits
-    first (`split_tokens`), whose FP8 sums are the tensor cores', and many are multiplied as in the twin.
+    first (`split_tokens`), whose FP8 sums are the tensor cores', and many are multiplied as in the twin. out: as of
+    `linear`, and below.
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.weight_only_matmul(x, qdata, scale, bias, group_size)
-    return reference.weight_only_matmul(x, qdata, scale, bias, group_size)
+        return matmul.weight_only_matmul(x, qdata, scale, bias, group_size, out)
+    product = reference.weight_only_matmul(x, qdata, scale, bias, group_size)
+    return product if out is None else out.copy_(product)
 
 
 def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
@@ -384,13 +391,15 @@ def digits_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
     group_size: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`weight_only_matmul` of what x[2M, K], x_scale[M, 1] of `split_tokens` stand for -> [M, N] in `dtype`."""
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
-    return reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+        return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out)
+    product = reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+    return product if out is None else out.copy_(product)
 
 
 def takes_digits(x: Tensor, stored: torch.dtype, group_size: int = 0) -> bool:
@@ -412,6 +421,7 @@ def w8a8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
     group_size: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(x[M, K] * x_scale[M, G]) @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in `dtype`.
 
@@ -422,5 +432,6 @@ def w8a8_matmul(
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
-    return reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out)
+    product = reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
+    return product if out is None else out.copy_(product)

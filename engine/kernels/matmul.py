@@ -304,18 +304,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 
 def weight_only_matmul(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    group_size: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
     rows = x.shape[0]
     if rows == 1:
-        return gemv(x, qdata, scale, bias, group_size)
+        return gemv(x, qdata, scale, bias, group_size, out=out)
     if takes_digits(x, qdata.dtype, group_size):
-        return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size)
+        return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size, out)
     if rows >= DEQUANTIZE_ROWS:
-        return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
-    return multiply(x, None, qdata, scale, bias, x.dtype, group_size)
+        return linear(x, dequantize(qdata, scale, group_size, x.dtype), bias, out)
+    return multiply(x, None, qdata, scale, bias, x.dtype, group_size, out=out)
 
 
 def takes_digits(x: Tensor, stored: torch.dtype, group_size: int) -> bool:
@@ -335,11 +340,12 @@ def digits_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
     group_size: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype == qdata.dtype
     assert x_scale.shape == (x.shape[0] // 2, 1) and x_scale.dtype == torch.float32 and x_scale.is_contiguous()
-    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size)
+    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out)
 
 
 def w8a8_matmul(
@@ -350,14 +356,16 @@ def w8a8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
     group_size: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype == qdata.dtype
     assert x_scale.shape == (x.shape[0], scale.shape[1]) and x_scale.dtype == torch.float32 and x_scale.is_contiguous()
     if _library_multiplies(x, qdata, dtype, group_size):
-        out = torch._scaled_mm(x, qdata.t(), x_scale, scale.t(), out_dtype=dtype, use_fast_accum=True)
-        return out if bias is None else out.add_(bias)
-    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size)
+        product = torch._scaled_mm(x, qdata.t(), x_scale, scale.t(), out_dtype=dtype, use_fast_accum=True)
+        product = product if bias is None else product.add_(bias)
+        return product if out is None else out.copy_(product)
+    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out)
 
 
 def _library_multiplies(x: Tensor, qdata: Tensor, dtype: torch.dtype, group_size: int) -> bool:

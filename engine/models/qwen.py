@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import kernels
 from engine.config import ModelConfig
 from engine.kernels import AttentionPlan, KVCache, Quantised
-from engine.quant.linear import Linear, PlainLinear
+from engine.quant.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,4 @@ class Qwen:
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [N, H] -> [N, V] in the computing dtype, written to `out` where it is given."""
-        if out is None:
-            return self.head(hidden)
-        return self.head(hidden, out) if isinstance(self.head, PlainLinear) else out.copy_(self.head(hidden))
+        return self.head(hidden, out)

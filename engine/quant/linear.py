@@ -58,11 +58,12 @@ class WeightOnlyLinear:
         splits = kernels.takes_digits(like, self.qdata.dtype, self.group_size)
         return Codes(self.qdata.dtype, digits=2) if splits else None
 
-    def __call__(self, x: Tensor | Quantised) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype."""
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
+        stored = (self.qdata, self.scale, self.bias)
         if isinstance(x, Tensor):
-            return kernels.weight_only_matmul(x, self.qdata, self.scale, self.bias, self.group_size)
-        return kernels.digits_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
+            return kernels.weight_only_matmul(x, *stored, self.group_size, out)
+        return kernels.digits_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
@@ -92,11 +93,12 @@ class W8A8Linear:
         """What spares the product a launch: activations quantised by the operation before it."""
         return Codes(self.qdata.dtype, self.group_size, pre_scale=self.pre_scale)
 
-    def __call__(self, x: Tensor | Quantised) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype."""
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
         if isinstance(x, Tensor):
             x = Quantised(*kernels.quantize_tokens(x, self.qdata.dtype, self.group_size, self.pre_scale), x.dtype)
-        return kernels.w8a8_matmul(x.qdata, x.scale, self.qdata, self.scale, self.bias, x.dtype, self.group_size)
+        stored = (self.qdata, self.scale, self.bias)
+        return kernels.w8a8_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""

@@ -141,6 +141,23 @@ def test_a_product_is_written_where_it_is_asked_for(num_rows):
     assert torch.equal(out, kernels.linear(x, weight))
 
 
+@pytest.mark.parametrize("num_rows", [1, 5, 300, 1100])
+@pytest.mark.parametrize("stored", STORED)
+def test_an_8_bit_product_is_written_where_it_is_asked_for(stored, num_rows):
+    if stored != torch.int8 and not fp8_products():
+        pytest.skip("no FP8 products before sm_89")
+    x = torch.randn(num_rows, 1024, device="cuda").bfloat16()
+    qdata, scale = stored_weight(80, 1024, 0, stored)
+    tokens = kernels.quantize_tokens(x, stored)
+    for function, args in (
+        (kernels.weight_only_matmul, (x, qdata, scale, None, 0)),
+        (kernels.w8a8_matmul, (*tokens, qdata, scale, None, torch.bfloat16, 0)),
+    ):
+        out = torch.full((num_rows, 80), torch.nan, device="cuda").bfloat16()
+        assert without_waiting(function, *args, out) is out
+        assert torch.equal(out, function(*args))
+
+
 @pytest.mark.parametrize(("stored", "group"), [(None, 0), (torch.int8, 0), (torch.float8_e4m3fn, 128)])
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("model", LINEARS)
