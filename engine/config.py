@@ -66,10 +66,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: a local folder. variants: names of `quant.formats`; the first is the default; "auto" is the checkpoint as it
     is stored. keep_bf16: patterns of `quant.formats.kept_matrices`, what no variant quantises. smooth_alpha,
     calibration_file: of SmoothQuant (`quant.smooth`); no file is the bundled prose. cache_dir: where its factors are
-    kept; empty is the user's cache folder. dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU.
-    load_format: "auto" reads safetensors, "dummy" makes random weights from the config alone. max_num_batched_tokens:
-    the budget of one step over all variants. max_prefill_beside_decode: prefill tokens of a step that also decodes; it
-    bounds the gap between two tokens of a stream; 0, the default of `LLM`, is the whole budget. block_size and
+    kept; empty is the user's cache folder. dtype: "auto" is the
+    checkpoint's on a GPU and float32 on a CPU. load_format: "auto" reads safetensors, "dummy" makes random weights from
+    the config alone. max_num_batched_tokens: the budget of one step over all variants. max_prefill_beside_decode:
+    prefill tokens of a step that also decodes; it bounds the gap between two tokens of a stream. block_size and
     kv_cache_tokens: of one block and of the whole KV pool, in tokens of the computing dtype (an 8-bit cache fits two or
     four for one); 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched before
     the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU, decode steps are captured at
@@ -90,7 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # 0: the checkpoint's, or what fits the pool if that is less
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 0  # 0: 8192 on a GPU, 2048 on a CPU
-    max_prefill_beside_decode: int = 2048  # 0: max_num_batched_tokens
+    max_prefill_beside_decode: int = 2048
     block_size: int = 16
     kv_cache_tokens: int = 0
     gpu_memory_utilization: float = 0.85

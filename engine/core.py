@@ -45,8 +45,6 @@ from engine.weights import count_token_ids
 
 log = logging.getLogger("octavo.engine")
 
-GPU_TOKEN_BUDGET, CPU_TOKEN_BUDGET = 8192, 2048  # of one step, unless the configuration says
-
 
 @dataclass
 class StepResult:
@@ -364,12 +362,10 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
-    default = GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET
-    budget = max(config.max_num_batched_tokens or default, config.max_num_seqs)
+    budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     return msgspec.structs.replace(
         config,
         variants=variants,
-        max_num_batched_tokens=budget,
-        max_prefill_beside_decode=config.max_prefill_beside_decode or budget,
+        max_num_batched_tokens=max(budget, config.max_num_seqs),
         overlap=on_gpu if config.overlap is None else config.overlap,
     )

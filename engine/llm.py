@@ -11,20 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from engine.block_manager import hash_blocks, prefix_seed
 from engine.config import EngineConfig, ModelError
-from engine.core import GPU_TOKEN_BUDGET, Engine, StepResult
+from engine.core import Engine, StepResult
 from engine.messages import AddRequest, Logprobs
 from engine.quant.formats import AUTO, parse_format
-from engine.runner import pick_device
 from engine.sequence import SamplingParams, check_params
 from engine.text import Detokenizer, StopMatcher, TokenTable
-
-LARGE_GPU = 64 << 30  # bytes of memory
 
 
 class _Output:
@@ -87,17 +83,8 @@ class _Output:
         return out
 
 
-def _token_budget(device_name: str) -> int:
-    """Of one step, where nobody watches a stream: more tokens fill a large GPU better. 0: what the engine takes."""
-    device = pick_device(device_name)
-    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
-    return 2 * GPU_TOKEN_BUDGET if large else 0
-
-
 class LLM:
-    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields and have its defaults, but
-    for two, as nobody watches a stream here: only the token budget bounds prefill beside decode, and it is twice as
-    large on a GPU with 64 GiB or more.
+    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields.
 
     nano-vLLM's `enforce_eager` (no CUDA graphs) and `tensor_parallel_size=1` are accepted.
     Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.
@@ -114,8 +101,6 @@ class LLM:
             raise ModelError(
                 f"unknown option {sorted(unknown)[0]!r}; options: {', '.join(EngineConfig.__struct_fields__)}"
             )
-        options.setdefault("max_prefill_beside_decode", 0)
-        options.setdefault("max_num_batched_tokens", _token_budget(options.get("device", "auto")))
         self.engine = Engine(EngineConfig(model=str(model), variants=names, **options))
         path = Path(model) / "tokenizer.json"
         self.tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None

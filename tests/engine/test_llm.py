@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine import LLM, ParameterError, SamplingParams
-from engine.config import EngineConfig, ModelError
+from engine.config import ModelError
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -70,16 +70,6 @@ def test_bad_requests_are_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(ValueError, match="detokenize"):
         llm.generate([[1]], SamplingParams(stop=["x"], detokenize=False), use_tqdm=False)
     assert not llm.engine.has_work
-
-
-def test_prefill_beside_decode_is_bounded_only_where_asked(llm: LLM) -> None:
-    """The server's default is 2,048: streams must not wait."""
-    assert llm.engine.scheduler.max_prefill_beside_decode == llm.engine.config.max_num_batched_tokens == 2048
-    options = {"kv_cache_tokens": 8192, "num_threads": 1, "max_num_batched_tokens": 4096}
-    assert LLM(POCKET, **options).engine.scheduler.max_prefill_beside_decode == 4096
-    bounded = LLM(POCKET, max_prefill_beside_decode=100, **options)
-    assert bounded.engine.scheduler.max_prefill_beside_decode == 100
-    assert EngineConfig(model="x").max_prefill_beside_decode == 2048
 
 
 def test_bad_settings_are_refused_by_name() -> None:
