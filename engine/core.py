@@ -15,9 +15,11 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig, ModelError, load_model_config
@@ -273,9 +275,9 @@ class Engine:
         self._last_batch = share.clock
         self.phases[share.variant].add(share.num_prefill_tokens, share.num_decode_tokens, share.clock.seconds())
         self._take_prompt_logprobs(share, result)
-        tokens = share.tokens.tolist()
-        ids = share.ids.tolist() if share.ids is not None else None
-        values = share.values.tolist() if share.values is not None else None
+        tokens = _rows(share.tokens)
+        ids = _rows(share.ids) if share.ids is not None else None
+        values = _rows(share.values) if share.values is not None else None
         for row, (sequence, token) in enumerate(zip(share.sampled, tokens, strict=True)):
             if sequence.finished:
                 continue
@@ -332,14 +334,19 @@ class Engine:
     def _take_prompt_logprobs(self, share: VariantFlight, result: StepResult) -> None:
         if share.prompt_ids is None or share.prompt_values is None:
             return
-        ids, values = share.prompt_ids.tolist(), share.prompt_values.tolist()
+        ids, values = _rows(share.prompt_ids), _rows(share.prompt_values)
         for piece in share.prompt_pieces:
             if piece.sequence.finished:
                 continue
             width = 1 + (piece.sequence.params.prompt_logprobs or 0)
             rows = range(piece.offset, piece.offset + piece.count)
-            positions = [Logprobs(ids[r][:width], values[r][:width]) for r in rows]
+            positions = [Logprobs(tuple(ids[r][:width]), tuple(values[r][:width])) for r in rows]
             result.prompt_logprobs.append(PromptLogprobs(piece.sequence.id, piece.start, positions))
+
+
+def _rows(tensor: Tensor) -> list[Any]:
+    """Of a tensor on the host. torch's own tolist takes 0.5 us an element, numpy's 0.02."""
+    return tensor.numpy().tolist()  # type: ignore[no-any-return]
 
 
 def _pick_logprobs(sequence: Sequence, ids: list[int], values: list[float], num_top: int) -> Logprobs | None:
@@ -348,7 +355,9 @@ def _pick_logprobs(sequence: Sequence, ids: list[int], values: list[float], num_
     if p.logprobs is None and not p.logprob_token_ids:
         return None
     top, named = slice(0, 1 + (p.logprobs or 0)), slice(1 + num_top, 1 + num_top + len(p.logprob_token_ids))
-    return Logprobs(ids[top] + ids[named], values[top] + values[named])
+    if not p.logprob_token_ids:
+        return Logprobs(tuple(ids[top]), tuple(values[top]))
+    return Logprobs((*ids[top], *ids[named]), (*values[top], *values[named]))
 
 
 def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> EngineConfig:

@@ -96,16 +96,17 @@ class RemoveVariant(msgspec.Struct, tag="remove_variant", array_like=True):
 EngineCommand = AddRequest | Abort | AddVariant | RemoveVariant | DropClient | Shutdown
 
 
-class Logprobs(msgspec.Struct, array_like=True):
+class Logprobs(msgspec.Struct, array_like=True, gc=False):
     """Log-probabilities at one position: ids and their values, parallel.
 
     Entry 0 is the token itself; then the top-n in falling order; then `logprob_token_ids` in the order named. An id may
     occur more than once. Values are natural logs of the model's own distribution, before temperature, penalties or
-    bias.
+    bias. Tuples of numbers, in an object that the garbage collector need not visit: they come by the ten thousand, and
+    whoever keeps them would have it walk through all of them again and again.
     """
 
-    ids: list[int]
-    values: list[float]
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
 
 
 class PromptLogprobs(msgspec.Struct, array_like=True):

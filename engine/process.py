@@ -16,6 +16,7 @@ the process: the parent starts it anew with the next epoch.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -230,6 +231,8 @@ def main() -> None:
     router.bind(f"ipc://{path}")
     server = EngineServer(engine, router, config.epoch)
     server.changed.put(engine.info)
+    gc.collect()
+    gc.freeze()  # what is here stays: a full collection walks through it for 60 ms, and a step would wait
     threading.Thread(target=_report, args=(context, engine, config, server.changed), daemon=True).start()
     server.run()
     router.close(linger=200)

@@ -167,6 +167,10 @@ class VariantChanges:
         for graphs in (runner.graphs, runner.mixed_graphs):
             if graphs is not None:
                 graphs.forget(name)
+        frozen = gc.get_freeze_count()  # by the engine process; this variant may be a part of it
+        gc.unfreeze()
+        gc.collect()
+        if frozen:
+            gc.freeze()
         if runner.device.type == "cuda":
-            gc.collect()
             torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ A request passes `protocol` (limits of HTTP) -> `envelope` (id, count) -> `auth`
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -142,6 +143,8 @@ def main() -> None:
         timeout_graceful_shutdown=ABORT_SECONDS,
     )
     listener = socket.socket(fileno=config.socket_fd)
+    gc.collect()
+    gc.freeze()  # what is here stays: a full collection walks through it for 15 ms, and all streams would wait
     ApiServer(settings, client).run(sockets=[listener])
 
 
