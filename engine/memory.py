@@ -28,7 +28,8 @@ CPU_KV_BYTES = 1 << 30  # the pool's default size on a CPU
 MAX_GRAPH_SIZE = 512  # sequences; larger decode batches run without a graph
 PROMPT_LOGPROB_ROWS = 256  # prompt positions that go through the head at one time
 CONTEXT_BYTES = 512 << 20  # allowance for the CUDA context and libraries, where there is no GPU to ask
-GRAPH_BYTES = 4 << 20  # allowance for one captured graph: its nodes, and its share of their common memory pool
+GRAPH_BYTES = 1 << 20  # allowance for the nodes of one captured graph
+GRAPHS_BYTES = 192 << 20  # and for what all have in common, beside twice the activations of the largest
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def plan_memory(
 
 
 def graph_bytes(config: EngineConfig, max_len: int) -> int:
-    """Allowance for the CUDA graphs of one variant."""
+    """Allowance for the CUDA graphs of one variant; what those of all variants share comes once."""
     layouts = mixed_layouts(config.max_num_seqs, max_len)
     return GRAPH_BYTES * (len(decode_sizes(min(config.max_num_seqs, MAX_GRAPH_SIZE))) + len(layouts))
 
@@ -159,7 +160,8 @@ def _reserves(
         hidden = max((x.num_outputs for x in layouts), default=0) * m.hidden_size
         logits = min(c.max_num_seqs, MAX_GRAPH_SIZE) * m.vocab_size
         reserves["outputs of CUDA graphs"] = (hidden + logits) * dtype.itemsize
-        reserves["CUDA graphs (allowance)"] = num_variants * graph_bytes(c, max_len)
+        common = 2 * max((x.total_tokens for x in layouts), default=0) * widest * dtype.itemsize + GRAPHS_BYTES
+        reserves["CUDA graphs (allowance)"] = common + num_variants * graph_bytes(c, max_len)
     return reserves
 
 
