@@ -42,7 +42,7 @@ from engine.weights import Checkpoint, open_checkpoint
 
 log = logging.getLogger("octavo.engine")
 
-WARM_UP_ROWS = (2, 9, 17, 33, *range(65, 1026, 64))  # wherever `matmul.choose_tile` may change its mind
+WARM_UP_ROWS = (2, 9, 17, 33, *range(65, 1026, 64))  # wherever `tiles.choose_tile` may change its mind
 
 
 @dataclass

@@ -196,10 +196,10 @@ def product_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:
     """The known tiles that do not compute mostly padding, with the inputs in one part, and in more where SMs idle; and
     small ones for few rows. shared: bytes that a program can have.
     """
-    from engine.kernels import matmul as m
+    from engine.kernels import tiles as known
 
-    tables = [m.TILES_16BIT, m.TILES_8BIT, m.PLAIN_SM90, m.W8A8_INT8_SM90, m.W8A8_FP8_SM90]
-    tables += [m.DIGITS_INT8_SM90, m.DIGITS_FP8_SM90]
+    tables = [known.TILES_16BIT, known.TILES_8BIT, known.PLAIN_SM90, known.W8A8_INT8_SM90, known.W8A8_FP8_SM90]
+    tables += [known.DIGITS_INT8_SM90, known.DIGITS_FP8_SM90]
     found: list[Choice] = []
     most = case.rows if case.rows <= FEW_ROWS else 2 * case.rows
     for t in dict.fromkeys(tile for table in tables for _, tiles in table for tile in tiles):

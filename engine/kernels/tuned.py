@@ -7,7 +7,7 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
         "w8a8/int8/64/4096x2048": [64, 64, 256, 4, 5, 0, 1]}}
 
 One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
-so many, and the fields of `matmul.Tile` and the splits. What a table lacks is chosen by the rules in `gemv.py` and
+so many, and the fields of `tiles.Tile` and the splits. What a table lacks is chosen by the rules in `gemv.py` and
 `matmul.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
 """
 

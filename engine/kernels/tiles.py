@@ -1,0 +1,108 @@
+"""The tiles that products with stored weights are cut into, by chip, kind of product and number of rows: `matmul.py`.
+
+Rules for what no tuned table names (`tuned.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels import chip
+
+_MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts up costs more than they save
+
+# The kinds of product: both in one wide type, 8-bit weights; from W8A8 on both in 8 bits: one digit, two digits.
+PLAIN, WEIGHT_ONLY, W8A8, DIGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One shape of program: block_m x block_n of out; weight_left: computed as block_n x block_m of out.T."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    weight_left: bool = True
+
+
+# For operands of up to so many rows, tiles in the order in which they are tried: the first that gives no SM a second
+# program is taken, else the last, of which several fit on an SM at few rows.
+Tiles = tuple[tuple[int, tuple[Tile, ...]], ...]
+_ANY = 1 << 62
+
+TILES_32BIT: Tiles = ((16, (Tile(16, 32, 32, 4, 3),)), (_ANY, (Tile(64, 64, 16, 8, 3),)))
+# In 99 KiB of shared memory, for chips without wgmma.
+TILES_16BIT: Tiles = (
+    (16, (Tile(16, 64, 128, 4, 4),)),
+    (32, (Tile(32, 64, 128, 4, 4),)),
+    (64, (Tile(64, 64, 128, 4, 3),)),
+    (_ANY, (Tile(128, 128, 64, 8, 3),)),
+)
+TILES_8BIT: Tiles = (
+    (16, (Tile(16, 64, 256, 4, 4),)),
+    (32, (Tile(32, 64, 256, 4, 4),)),
+    (64, (Tile(64, 64, 256, 4, 3),)),
+    (_ANY, (Tile(128, 128, 128, 8, 3),)),
+)
+# Best or within a few % of it for each matrix of Qwen3-1.7B on an H200: docs/performance.md.
+PLAIN_SM90: Tiles = ((16, (Tile(16, 64, 128, 4, 6),)), (_ANY, (Tile(32, 64, 128, 4, 6),)))
+_FEW_SM90: Tiles = (
+    (16, (Tile(16, 64, 256, 4, 6), Tile(16, 64, 256, 4, 3))),
+    (32, (Tile(32, 64, 256, 4, 5), Tile(32, 64, 256, 4, 3))),
+)
+_WAVE_64 = (Tile(64, 32, 256, 4, 6, weight_left=False), Tile(64, 128, 128, 4, 6, weight_left=False))
+_WAVE = (
+    Tile(64, 64, 256, 4, 5, weight_left=False),
+    Tile(64, 128, 128, 4, 6, weight_left=False),
+    Tile(128, 128, 128, 8, 6, weight_left=False),
+)
+_MANY = Tile(128, 256, 128, 8, 3, weight_left=False)
+W8A8_FP8_SM90: Tiles = (*_FEW_SM90, (64, _WAVE_64), (_ANY, (*_WAVE, _MANY)))
+W8A8_INT8_SM90: Tiles = (
+    *_FEW_SM90,
+    (64, _WAVE_64),
+    (256, (*_WAVE[:2], Tile(64, 128, 128, 4, 4, weight_left=False))),
+    (_ANY, (*_WAVE, _MANY)),
+)
+_WAVE_DIGITS = (Tile(64, 64, 256, 4, 5), Tile(128, 64, 128, 4, 6), Tile(128, 128, 128, 8, 5))
+_FEW_DIGITS: Tiles = (*_FEW_SM90, (64, (Tile(64, 64, 256, 4, 5), Tile(64, 64, 256, 4, 3))))
+DIGITS_FP8_SM90: Tiles = (*_FEW_DIGITS, (256, (*_WAVE_DIGITS, Tile(256, 128, 128, 8, 3))), (_ANY, _WAVE_DIGITS))
+DIGITS_INT8_SM90: Tiles = (*_FEW_DIGITS, (_ANY, (*_WAVE_DIGITS[:2], Tile(128, 64, 128, 4, 4))))
+# With scales of groups: a second sum needs registers, and from eight warps on each thread loads all its scales itself.
+GROUPED_W8A8_SM90: Tiles = (
+    *_FEW_SM90,
+    (_ANY, (Tile(64, 64, 128, 4, 6, weight_left=False), Tile(64, 128, 128, 4, 4, weight_left=False))),
+)
+GROUPED_DIGITS_SM90: Tiles = (*_FEW_DIGITS, (_ANY, (Tile(64, 64, 256, 4, 5), Tile(128, 64, 128, 4, 4))))
+
+
+def tiles_for(device: torch.device, kind: int, dtype: torch.dtype, group_size: int) -> Tiles:
+    """Of products whose activations come in `dtype`."""
+    if dtype == torch.float32:
+        return TILES_32BIT
+    if chip.capability(device) != (9, 0) or kind == WEIGHT_ONLY.value:
+        return TILES_8BIT if dtype.itemsize == 1 else TILES_16BIT
+    if kind == PLAIN.value:
+        return PLAIN_SM90
+    if group_size:
+        return GROUPED_W8A8_SM90 if kind == W8A8.value else GROUPED_DIGITS_SM90
+    if kind == W8A8.value:
+        return W8A8_INT8_SM90 if dtype == torch.int8 else W8A8_FP8_SM90
+    return DIGITS_INT8_SM90 if dtype == torch.int8 else DIGITS_FP8_SM90
+
+
+def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
+    candidates = next(c for max_rows, c in tiles if rows <= max_rows)
+    one_wave = (t for t in candidates if triton.cdiv(rows, t.block_m) * triton.cdiv(width, t.block_n) <= num_sms)
+    return next(one_wave, candidates[-1])
+
+
+def choose_splits(num_tiles: int, depth: int, num_sms: int) -> int:
+    """Into how many parts to cut the inputs, so that no more SMs idle than must."""
+    return max(1, min(num_sms // num_tiles, depth // _MIN_DEPTH))
