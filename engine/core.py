@@ -345,7 +345,7 @@ class Engine:
 
 
 def _rows(tensor: Tensor) -> list[Any]:
-    """Of a tensor on the host. torch's own tolist takes 0.5 us an element, numpy's 0.02."""
+    """Of a tensor on the host. torch's own tolist takes 0.26 us an element, numpy's 0.06."""
     return tensor.numpy().tolist()  # type: ignore[no-any-return]
 
 

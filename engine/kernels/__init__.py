@@ -314,7 +314,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         from engine.kernels import matmul
 
         return matmul.linear(x, weight, bias, out)
-    product = reference.linear(x, weight, bias)
+    return _written(reference.linear(x, weight, bias), out)
+
+
+def _written(product: Tensor, out: Tensor | None) -> Tensor:
     return product if out is None else out.copy_(product)
 
 
@@ -339,8 +342,7 @@ def weight_only_matmul(
         from engine.kernels import matmul
 
         return matmul.weight_only_matmul(x, qdata, scale, bias, group_size, out)
-    product = reference.weight_only_matmul(x, qdata, scale, bias, group_size)
-    return product if out is None else out.copy_(product)
+    return _written(reference.weight_only_matmul(x, qdata, scale, bias, group_size), out)
 
 
 def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
@@ -398,8 +400,7 @@ def digits_matmul(
         from engine.kernels import matmul
 
         return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out)
-    product = reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
-    return product if out is None else out.copy_(product)
+    return _written(reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size), out)
 
 
 def takes_digits(x: Tensor, stored: torch.dtype, group_size: int = 0) -> bool:
@@ -433,5 +434,4 @@ def w8a8_matmul(
         from engine.kernels import matmul
 
         return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out)
-    product = reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size)
-    return product if out is None else out.copy_(product)
+    return _written(reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size), out)

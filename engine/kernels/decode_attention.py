@@ -313,14 +313,13 @@ def rope_and_decode(
     scale: float,
     num_splits: int,
     out: Tensor,
-    tile: Tile | None = None,
 ) -> None:
     """`rope_and_store`, then `decode`, in one launch: every token is a decode's, and its slot its context's last."""
     num_tokens, num_heads = check_heads(qkv, q_norm, k_norm, cos_sin, positions, cache, slots)
     assert num_tokens == plan.num_decodes and out.shape == (num_tokens, num_heads, cache.k.shape[3])
     assert out.dtype == qkv.dtype
     new = (q_norm, k_norm, cos_sin, positions, slots)
-    _launch(qkv, new, eps, cache, block_tables, plan, scale, num_splits, out, tile)
+    _launch(qkv, new, eps, cache, block_tables, plan, scale, num_splits, out, None)
 
 
 def _launch(

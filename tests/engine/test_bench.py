@@ -35,7 +35,7 @@ def test_element_wise_errors_are_the_studys(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_errors_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'octavo[plot]'")
     file = tmp_path / "errors.png"
     bench.main(["matmul-error", "--shapes", "3x70", "--seeds", "1", "--plot", str(file)])
     assert file.read_bytes().startswith(b"\x89PNG")

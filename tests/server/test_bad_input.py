@@ -149,7 +149,8 @@ def test_broken_heads(http, head, status):
 
 def test_bad_chunk_framing(http):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    raw(http, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n")
+    received = raw(http, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 400 ") and b"x-request-id: " in received, received
 
 
 # 12, 13: paths

@@ -59,7 +59,7 @@ def test_every_format_holds_the_same_exam(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'octavo[eval]'")
     parquet = pytest.importorskip("pyarrow.parquet")
     for split, questions in (("dev", DEV), ("test", TEST)):
         rows = [{**vars(q), "choices": list(q.choices)} for q in questions]
