@@ -5,6 +5,8 @@ key is read once for all of them. A program takes the rows of one KV head that b
 and walks the context: first the positions that all its rows see, without masks, then the ragged end. The table entries
 of a tile of positions are fetched a tile ahead, so that no read waits for another.
 
+On sm_90 a cache in bfloat16 goes to `prefill_hopper`.
+
 Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867), in base 2, with fp32 sums.
 
 An 8-bit cache stays so until it is in registers, and is then multiplied in fp16, which holds every code. The scale of a
@@ -50,6 +52,14 @@ def choose_tile(dtype: torch.dtype, kind: str, capability: tuple[int, int]) -> T
         return Tile(128, 64, 8, 2)
     # Two programs an SM: one multiplies while the other takes exponentials.
     return Tile(64, 64, 4, 2) if kind else Tile(128, 64, 8, 2, 128)
+
+
+def is_asynchronous(q: Tensor, kind: str) -> bool:
+    """Whether `prefill_hopper` takes these. sm_90 alone has its products, and Triton before 3.6 cannot write them."""
+    if chip.capability(q.device) != (9, 0) or kind or q.dtype != torch.bfloat16:
+        return False
+    present = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) == (9, 0)
+    return present and [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 6]
 
 
 @triton.jit
@@ -202,6 +212,11 @@ def prefill(
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     assert plan.tiles.dtype == torch.int32 and plan.tiles.is_contiguous() and plan.tiles.shape[1] == 2
     assert scale > 0, scale
+    if tile is None and is_asynchronous(q, kind):
+        from engine.kernels.prefill_hopper import prefill_hopper
+
+        prefill_hopper(q, k_cache, v_cache, block_tables, plan, scale, out)
+        return
     tile = tile or choose_tile(q.dtype, kind, chip.capability(q.device))
     parts = triton.cdiv(PREFILL_TILE, tile.block_m // group)
     prefill_kernel[(num_kv_heads, len(plan.tiles), parts)](

@@ -10,6 +10,7 @@ Output: [[what, shared memory in bytes], …], one entry for each binary.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -78,6 +79,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
         compiled[kernel.hash] = (kernel.metadata.name, kernel.metadata.shared)
         if self is matmul.matmul_kernel and kwargs["PDL"]:
             check_early(kernel.asm["ptx"], args[2], **kwargs)
+        if kernel.metadata.name == "prefill_hopper_kernel":
+            check_asynchronous(kernel.asm["sass"])
         return kernel
 
     JITFunction.run = compile_instead
@@ -118,6 +121,17 @@ def check_early(
     fetched = 16 * 32 * num_warps * before.count("cp.async.cg.shared.global")
     assert fetched == (BLOCK_N * BLOCK_K * w.itemsize if EARLY else 0), (fetched, BLOCK_N, BLOCK_K, rest)
     assert not EARLY or after.count("cp.async.cg.shared.global") > 0
+
+
+def check_asynchronous(sass: str) -> None:
+    """Each step of attention goes on with one product still running; ptxas has not made every product wait for itself,
+    as it does when it takes a register of one for touched too early; and the softmax is before the next wait. (Triton
+    disassembles about half of so large a kernel.)
+    """
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)(.*?)(?=WARPGROUP)", sass, flags=re.DOTALL)
+    steps = [after for left, after in waits if left == "1"]
+    assert steps and len(waits) < sass.count("HGMMA") // 4, (len(steps), len(waits))
+    assert all(step.count("MUFU.EX2") >= 64 for step in steps), [step.count("MUFU.EX2") for step in steps]
 
 
 def multiply(capability: int, dtype: torch.dtype) -> None:

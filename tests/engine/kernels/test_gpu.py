@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import KVCache, chip, reference
+from engine.kernels import KVCache, chip, prefill_attention, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +67,29 @@ def test_attention(model, mix, paged_batch):
     with never_waiting():
         got = kernels.attention(*batch.args(scale))
     torch.testing.assert_close(got.float(), reference.attention(*batch.widened(scale)), **ATTENTION_BOUND)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(("block_size", "heads"), [(128, (16, 8, 128)), (16, (14, 2, 64))])
+def test_both_kernels_of_prefill(block_size, heads, plain, paged_batch):
+    """Where the chip has two. Tokens of decodes stay as they are; a tile of a sequence without queries writes nothing;
+    the pool is NaN past each context, also in the block that it ends in.
+    """
+    lens, contexts = [1, 3, 100, 65, 130, 0], [700, 3, 100, 1129, 900, 0]
+    batch = paged_batch(lens, contexts, 1, heads=heads, block_size=block_size, dtype=torch.bfloat16, device="cuda")
+    padding = torch.tensor([[len(lens) - 1, 0]] * 3, dtype=torch.int32, device="cuda")
+    plan = replace(batch.plan, tiles=torch.cat([batch.plan.tiles, padding]))
+    tile = prefill_attention.choose_tile(torch.bfloat16, "", chip.capability(batch.q.device)) if plain else None
+    args = (batch.q, batch.cache, batch.block_tables, plan, 0.1)
+    prefill_attention.prefill(*args, torch.empty_like(batch.q), tile)
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(batch.q)
+    with torch.cuda.graph(graph):
+        prefill_attention.prefill(*args, out, tile)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert out[0].isnan().all()
+    expected = reference.attention(*batch.widened(0.1))[1:]
+    torch.testing.assert_close(out[1:].float(), expected, **ATTENTION_BOUND)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 2e-3)])

@@ -60,5 +60,6 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, ahead: Wait):
         "silu_mul_quantize_kernel",
         "widen_kernel",
     }
+    assert ("prefill_hopper_kernel" in {name for name, _ in shared}) == (capability == 90)
     too_large = [(name, size) for name, size in shared if size > LARGEST_SHARED[capability]]
     assert not too_large
