@@ -9,6 +9,7 @@ Output: [[what, shared memory in bytes], …], one entry for each binary.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -30,6 +31,7 @@ from engine.kernels import (
     fused,
     fused_quantize,
     gemv,
+    hopper_matmul,
     inputs,
     kv_widen,
     matmul,
@@ -39,6 +41,7 @@ from engine.kernels import (
     rope,
     sample,
 )
+from engine.kernels.tiles import BYTES_BULK
 
 
 class CompileOnly(DriverBase):
@@ -78,6 +81,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
         compiled[kernel.hash] = (kernel.metadata.name, kernel.metadata.shared)
         if self is matmul.matmul_kernel and kwargs["PDL"]:
             check_early(kernel.asm["ptx"], args[2], **kwargs)
+        if self is hopper_matmul.hopper_matmul_kernel:
+            check_bulk(kernel.asm["ptx"], **kwargs)
         return kernel
 
     JITFunction.run = compile_instead
@@ -120,11 +125,22 @@ def check_early(
     assert not EARLY or after.count("cp.async.cg.shared.global") > 0
 
 
+def check_bulk(ptx: str, *, GATED: bool, STAGES: int, **rest: object) -> None:
+    """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and no more."""
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    assert after and "ld.global" not in before
+    asked = before.count("cp.async.bulk.tensor.2d.shared")
+    assert asked == STAGES * (2 if GATED else 1), (asked, STAGES, rest)
+    assert "cp.async.bulk.tensor.2d.global.shared" in after and "wgmma.mma_async" in after
+
+
 def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
     matrix = torch.zeros(2048, 2048, dtype=dtype)
     matmul.linear(matrix[:1], matrix)
     multiply_with(matmul.PLAIN, matrix[:2], None, matrix, None, 0)
+    if capability == 90 and dtype != torch.float32:
+        multiply_in_bulk(matrix)
     for depth in (2048, 6144, 12288):
         gemv.gemv(torch.zeros(1, depth, dtype=dtype), torch.zeros(64, depth, dtype=dtype), gated=depth == 2048)
     for stored in (torch.int8,) if dtype == torch.float32 else (torch.int8, torch.float8_e4m3fn):
@@ -155,6 +171,23 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
             if dtype != torch.float32:
                 tokens = convert.split_tokens(x, stored)
                 multiply_with(matmul.DIGITS, *tokens, qdata, scale, group, every=stored == torch.int8)
+
+
+def multiply_in_bulk(matrix: torch.Tensor) -> None:
+    """By the bulk tiles that an engine takes for 2 to 256 rows, and each of the table for one kind of 8 bits."""
+    for rows in (2, 17, 33, 65, 129):
+        x = matrix[:rows]
+        assert matmul.takes_bulk(x.device, x.dtype, *matrix.shape)
+        matmul.linear(x, matrix, matrix[0])
+        assert matmul.gated(x, matrix) is not None
+    if matrix.dtype != torch.bfloat16:
+        return
+    scale = torch.zeros(2048, 1)
+    tiles = dict.fromkeys(t for _, some in BYTES_BULK for t in some)
+    for stored, digits in itertools.product((torch.int8, torch.float8_e4m3fn), (1, 2)):
+        qdata, x = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2, 2048, dtype=stored)
+        for tile in tiles if (stored == torch.int8) == (digits == 2) else list(tiles)[-1:]:
+            matmul.multiply(x, scale[: 2 // digits], qdata, scale, None, torch.bfloat16, 0, tile)
 
 
 def multiply_with(
