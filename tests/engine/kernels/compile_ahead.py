@@ -9,7 +9,6 @@ Output: [[what, shared memory in bytes], …], one entry for each binary.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from typing import Any
@@ -31,7 +30,6 @@ from engine.kernels import (
     fused,
     fused_quantize,
     gemv,
-    hopper_matmul,
     inputs,
     kv_widen,
     matmul,
@@ -41,7 +39,7 @@ from engine.kernels import (
     rope,
     sample,
 )
-from engine.kernels.tiles import BYTES_BULK
+from engine.kernels.tiles import BYTES_BULK, GATED_BULK, PLAIN_BULK
 
 
 class CompileOnly(DriverBase):
@@ -81,7 +79,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
         compiled[kernel.hash] = (kernel.metadata.name, kernel.metadata.shared)
         if self is matmul.matmul_kernel and kwargs["PDL"]:
             check_early(kernel.asm["ptx"], args[2], **kwargs)
-        if self is hopper_matmul.hopper_matmul_kernel:
+        if kernel.metadata.name == "hopper_matmul_kernel":
             check_bulk(kernel.asm["ptx"], **kwargs)
         return kernel
 
@@ -174,20 +172,21 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
 
 
 def multiply_in_bulk(matrix: torch.Tensor) -> None:
-    """By the bulk tiles that an engine takes for 2 to 256 rows, and each of the table for one kind of 8 bits."""
-    for rows in (2, 17, 33, 65, 129):
-        x = matrix[:rows]
-        assert matmul.takes_bulk(x.device, x.dtype, *matrix.shape)
-        matmul.linear(x, matrix, matrix[0])
-        assert matmul.gated(x, matrix) is not None
-    if matrix.dtype != torch.bfloat16:
-        return
-    scale = torch.zeros(2048, 1)
-    tiles = dict.fromkeys(t for _, some in BYTES_BULK for t in some)
-    for stored, digits in itertools.product((torch.int8, torch.float8_e4m3fn), (1, 2)):
-        qdata, x = torch.zeros(2048, 2048, dtype=stored), torch.zeros(2, 2048, dtype=stored)
-        for tile in tiles if (stored == torch.int8) == (digits == 2) else list(tiles)[-1:]:
-            matmul.multiply(x, scale[: 2 // digits], qdata, scale, None, torch.bfloat16, 0, tile)
+    """By the bulk tiles that are tried first, which take most of an SM, and by what an engine takes for two rows; in 8
+    bits each for one type and one kind.
+    """
+    x, bias, scale = matrix[:2], matrix[0], torch.zeros(2048, 1)
+    assert matmul.takes_bulk(x.device, x.dtype, *matrix.shape), "a new Triton: does hopper_matmul.py compile with it?"
+    matmul.linear(x, matrix)
+    assert matmul.gated(x, matrix) is not None
+    for tile in (some[0] for _, some in PLAIN_BULK):
+        matmul.multiply(x, None, matrix, None, bias, x.dtype, 0, tile)
+    for tile in (some[0] for _, some in GATED_BULK):
+        matmul.multiply(x, None, matrix, None, None, x.dtype, 0, tile, gated=True)
+    for number, tile in enumerate(some[0] for _, some in BYTES_BULK):
+        stored, digits = (torch.int8, torch.float8_e4m3fn)[number % 2], 1 + number // 2 % 2
+        codes, qdata = torch.zeros(2, 2048, dtype=stored), torch.zeros(2048, 2048, dtype=stored)
+        matmul.multiply(codes, scale[: 2 // digits], qdata, scale, None, x.dtype, 0, tile)
 
 
 def multiply_with(
