@@ -37,10 +37,8 @@ from triton.language import debug_barrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
-from engine.kernels.tiles import Tile
-
-_PLAIN, _W8A8, _DIGITS = gl.constexpr(0), gl.constexpr(2), gl.constexpr(3)  # `tiles.PLAIN` and so on
-_LOW_INT8, _LOW_FP8 = gl.constexpr(1.0 / 254.0), gl.constexpr(1.0 / 16.0)  # `convert.LOW_INT8`, LOW_FP8
+from engine.kernels.convert import LOW_FP8, LOW_INT8
+from engine.kernels.tiles import DIGITS, PLAIN, Tile
 
 
 @gluon.jit
@@ -140,10 +138,10 @@ def hopper_matmul_kernel(
     acc, up = warpgroup_mma_wait(0, deps=[acc, up])
 
     total = acc.to(gl.float32)
-    ROWS: gl.constexpr = BLOCK_M // 2 if KIND == _DIGITS else BLOCK_M
-    if KIND == _DIGITS:
+    ROWS: gl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
+    if KIND == DIGITS:
         high, low = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
-        total = high + low * (_LOW_INT8 if x_desc.dtype == gl.int8 else _LOW_FP8)
+        total = high + low * (LOW_INT8 if x_desc.dtype == gl.int8 else LOW_FP8)
         first_m, R = first_m // 2, R // 2
     LAYOUT: gl.constexpr = total.type.layout
     inside_n, inside_m = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
@@ -161,7 +159,7 @@ def hopper_matmul_kernel(
                 total += gl.load(place + i * SIZE, cache_modifier=".cg")
     if last:
         n, m = first_n + inside_n, first_m + inside_m
-        if KIND != _PLAIN:
+        if KIND != PLAIN:
             total *= gl.load(w_scale + n, mask=n < N, other=0.0)[:, None]
             total *= gl.load(x_scale + m, mask=m < R, other=0.0)[None, :]
         if BIAS:
@@ -195,7 +193,7 @@ def launch(
     """As `matmul.multiply`, which has chosen the tile. gated: w[2N, K] is gate | up, out[M, N] is silu(gate) * up."""
     (rows, depth), width = x.shape, out.shape[1]
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
-    out_rows = block_m // 2 if kind == _DIGITS.value else block_m
+    out_rows = block_m // 2 if kind == DIGITS.value else block_m
     num_tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n)
     parts = num_tiles * num_splits * out_rows * block_n if num_splits > 1 else 0
     hopper_matmul_kernel[(num_tiles, num_splits)](
