@@ -8,10 +8,10 @@
 
 For each shape of matrix, and each range of rows that the engine's kernels take: every tile that the kernels know for
 any chip and that fits this one, for few rows smaller ones, and where the chip has them bulk tiles with all the buffers
-that there is room for; each with one and more parts of the inputs. All are compiled
-first, by a process for each core. Then they are timed: random weights of a few hundred MB in turn, so that none stays
-in the cache, and a CUDA graph of all of them. A choice is written where it beats the kernels' own rules by more than
-2 %. Some minutes for everything. See `engine/kernels/tuned.py`.
+that there is room for; each with one and more parts of the inputs. All are compiled first, by a process for each core.
+Then they are timed: random weights of a few hundred MB in turn, so that none stays in the cache, and a CUDA graph of
+all of them. A choice is written where it beats the kernels' own rules by more than 2 %. Some minutes for everything.
+See `engine/kernels/tuned.py`.
 """
 
 from __future__ import annotations
