@@ -78,6 +78,10 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
         compiled[kernel.hash] = (kernel.metadata.name, kernel.metadata.shared)
         if self is matmul.matmul_kernel and kwargs["PDL"]:
             check_early(kernel.asm["ptx"], args[2], **kwargs)
+        if self is decode_attention.decode_kernel and kwargs["PDL"]:
+            before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
+            assert "ld.global" in before, "the plan is fetched early"
+            assert not any(word in before for word in ("st.global", "cp.async", "atom")), "keys and values are not"
         return kernel
 
     JITFunction.run = compile_instead
