@@ -7,10 +7,11 @@
     octavo-bench tune DIR --shapes 4096x2048               one matrix (outputs x inputs) alone
 
 For each shape of matrix, and each range of rows that the engine's kernels take: every tile that the kernels know for
-any chip and that fits this one, and for few rows smaller ones, with one and more parts of the inputs. All are compiled
-first, by a process for each core. Then they are timed: random weights of a few hundred MB in turn, so that none stays
-in the cache, and a CUDA graph of all of them. A choice is written where it beats the kernels' own rules by more than
-2 %. Some minutes for everything. See `engine/kernels/tuned.py`.
+any chip and that fits this one, for few rows smaller ones, and where the chip has them bulk tiles with all the buffers
+that there is room for; each with one and more parts of the inputs. All are compiled first, by a process for each core.
+Then they are timed: random weights of a few hundred MB in turn, so that none stays in the cache, and a CUDA graph of
+all of them. A choice is written where it beats the kernels' own rules by more than 2 %. Some minutes for everything.
+See `engine/kernels/tuned.py`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ from engine.config import ModelConfig, load_model_config
 from engine.kernels import chip, tuned
 from engine.runner import pick_device
 
-KINDS = ("gemv", "plain", "w8a8", "digits")
+KINDS = ("gemv", "plain", "gated", "w8a8", "digits")
 STREAMED = 256 << 20  # bytes of weights in turn
 GAIN = 0.98  # of the rules' time that a choice must stay below
 GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (4, 8) for programs in (0, 4, 6)]
 SPLITS = (1, 2, 4, 8)
 LEAST_DEPTH = 512  # inputs of a part
 FEW_ROWS = 32  # up to so many, smaller tiles than the known ones are tried
+BULK_SHAPES = ((64, 4), (128, 4), (128, 8))  # weights of a bulk tile, warps
+GATED_SHAPES = ((64, 4), (64, 8))
 IN_FLIGHT = (3 << 20, 16 << 20)  # bytes of weights under way at once: fewer wait for memory, more for each other
 COPIES = (4, 16)  # of 16 bytes, by one thread for one step
 
@@ -86,15 +89,17 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"tune finds choices for the GPU that is here: unset {chip.VARIABLE}")
     kinds = restricted("--only", args.only, list(KINDS))
     rows = [int(r) for r in restricted("--rows", args.rows, [str(r) for r in tuned.ROWS])]
-    names = {f"{width}x{depth}": (width, depth) for width, depth in matrices(load_model_config(args.model))}
+    config = load_model_config(args.model)
+    names = {f"{width}x{depth}": (width, depth) for width, depth in matrices(config)}
     shapes = [names[name] for name in restricted("--shapes", args.shapes, list(names))]
+    gate_up = 2 * config.intermediate_size, config.hidden_size
     torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
     path = Path(args.out) if args.out else tuned.table_path(gpu)
     kept = tuned.read(path, gpu) if path.exists() else {}
     tuned.choices(device).clear()  # what the rules alone choose is what a choice must beat
     found = dict(kept)
-    chosen = list(cases(shapes, kinds, rows, device))
+    chosen = list(cases(shapes, kinds, rows, device, gate_up))
     compile_all(chosen, device)
     for key, best in tune(chosen, device, seconds_of):
         found.pop(key, None)
@@ -124,25 +129,42 @@ def matrices(config: ModelConfig) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*shapes, (c.vocab_size, c.hidden_size)]))
 
 
-def cases(shapes: list[tuple[int, int]], kinds: list[str], rows: Iterable[int], device: torch.device) -> Iterator[Case]:
-    """Those of one shape and dtype together."""
+def cases(
+    shapes: list[tuple[int, int]],
+    kinds: list[str],
+    rows: Iterable[int],
+    device: torch.device,
+    gate_up: tuple[int, int] | None = None,
+) -> Iterator[Case]:
+    """Those of one shape and dtype together. gate_up: the shape whose product is gated."""
     for width, depth in shapes:
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
             if "gemv" in kinds and dtype != torch.float8_e4m3fn:  # as many bytes as INT8, and the same key
                 yield Case("gemv", dtype, 1, width, depth)
             for kind, most in itertools.product(kinds, rows):
                 case = Case(kind, dtype, most, width, depth)
-                if kind != "gemv" and _multiplies(case, device):
+                if kind != "gemv" and (kind != "gated" or (width, depth) == gate_up) and _multiplies(case, device):
                     yield case
 
 
 def _multiplies(case: Case, device: torch.device) -> bool:
     """Whether the engine's own kernel gets such products here."""
-    from engine.kernels.matmul import PLAIN_ROWS, PLAIN_WIDTH
+    from engine.kernels import matmul
 
-    if case.kind == "plain":
-        return case.dtype == torch.bfloat16 and case.rows <= PLAIN_ROWS and case.width <= PLAIN_WIDTH
+    if case.kind in ("plain", "gated"):
+        most = matmul.BULK_ROWS if _bulk(case, device) else matmul.PLAIN_ROWS * (case.kind == "plain")
+        return case.dtype == torch.bfloat16 and case.rows <= most and case.width <= matmul.PLAIN_WIDTH
+    if case.kind == "digits" and case.rows > 2 * matmul.DIGIT_ROWS:
+        return False
     return case.dtype == torch.int8 or (case.dtype == torch.float8_e4m3fn and chip.capability(device) >= (8, 9))
+
+
+def _bulk(case: Case, device: torch.device) -> bool:
+    from engine.kernels import matmul
+
+    width = case.width // 2 if case.kind == "gated" else case.width
+    tokens = case.rows // 2 if case.kind == "digits" else case.rows
+    return tokens <= matmul.BULK_ROWS and matmul.takes_bulk(device, case.dtype, width, case.depth)
 
 
 def tune(chosen: Iterable[Case], device: torch.device, clock: Clock) -> Iterator[tuple[str, Choice | None]]:
@@ -177,19 +199,43 @@ def product_of(case: Case, device: torch.device) -> Product:
     wide = case.dtype.itemsize > 1
     scale = None if wide else torch.ones(case.width, 1, device=device)
     tokens = case.rows // 2 if case.kind == "digits" else case.rows
-    out = torch.empty(tokens, case.width, dtype=torch.bfloat16, device=device)
+    gated = case.kind == "gated"
+    width = case.width // 2 if gated else case.width
+    out = torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
     if case.kind == "gemv":
         row = _random(1, case.depth, torch.bfloat16, device)
         return lambda weight: gemv(row, weight, scale, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
     x_scale = None if wide else torch.ones(tokens, 1, device=device)
-    return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, 0, out=out)
+    return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, 0, out=out, gated=gated)
 
 
 def choices_of(case: Case, device: torch.device) -> list[Choice]:
     if case.kind == "gemv":
         return list(GEMV_TILES)
-    return list(product_choices(case, chip.num_sms(device), chip.shared_memory(device)))
+    num_sms, shared = chip.num_sms(device), chip.shared_memory(device)
+    bulk = bulk_choices(case, num_sms, shared) if _bulk(case, device) else []
+    return bulk if case.kind == "gated" else [*bulk, *product_choices(case, num_sms, shared)]
+
+
+def bulk_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:
+    """Bulk tiles of which one, two or three have room on an SM, with as many buffers as then fit."""
+    found: list[Choice] = []
+    size, gates = case.dtype.itemsize, 2 if case.kind == "gated" else 1
+    least = min(case.rows, 64)
+    for block_m in sorted({least, min(case.rows, 128), min(case.rows, 256)}):
+        tiles = itertools.product(GATED_SHAPES if gates == 2 else BULK_SHAPES, (128, 256), (1, 2, 3))
+        for (block_n, num_warps), step, programs in tiles:
+            held = step * (gates * block_n + block_m)  # bytes of a buffer
+            num_stages = min(8, (shared // programs - 1024) // held)
+            sums = gates * block_n * block_m // (32 * num_warps)  # registers
+            if num_stages < 3 or sums > 128 or 32 * num_warps * programs * (sums + 40) > 65536:
+                continue
+            count = -(-case.rows // block_m) * -(-case.width // (gates * block_n))
+            for splits in SPLITS if gates == 1 else (1,):
+                if splits == 1 or (case.depth // splits >= LEAST_DEPTH and count * splits <= programs * num_sms):
+                    found.append((block_m, block_n, step // size, num_warps, num_stages, tuned.BULK, splits))
+    return list(dict.fromkeys(found))
 
 
 def product_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:

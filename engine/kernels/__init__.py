@@ -343,11 +343,9 @@ def weight_only_matmul(
     """x[M, K] @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in x's dtype.
 
     qdata: int8 or float8_e4m3fn. scale: fp32, each of group_size inputs (the last may have fewer); 0: of all, G = 1.
-    The definition is the linear layer of the dequantised weight, that is (qdata.float() * scale) rounded to x's dtype.
-    The kernels multiply the stored 8-bit values, accumulate in fp32 and scale the sums: in 16 bits that is closer to
-    the exact product than the twin, in fp32 they differ by rounding only. In 16 bits several rows are split in digits
-    first (`split_tokens`), whose FP8 sums are the tensor cores', and many are multiplied as in the twin. out: as of
-    `linear`, and below.
+    The definition is the fp32 product of the dequantised weight. The kernels multiply the stored 8-bit values,
+    accumulate in fp32 and scale the sums. In 16 bits several rows are split in digits first (`split_tokens`), whose FP8
+    sums are the tensor cores', and for many the weight is rounded to x's dtype. out: as of `linear`, and below.
     """
     if x.is_cuda:
         from engine.kernels import matmul
@@ -358,12 +356,18 @@ def weight_only_matmul(
 
 def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
     """x[M, K], weight[2I, K] (gate | up) -> `silu_mul` of their product [M, I], which is `linear` where scale is None,
-    else `weight_only_matmul`. One row is one launch on a GPU.
+    else `weight_only_matmul`. One row is one launch on a GPU, and so are up to 256 by 16-bit weights on sm_90.
     """
     if x.is_cuda and x.shape[0] == 1:
         from engine.kernels import gemv
 
         return gemv.gemv(x, weight, scale, None, group_size, gated=True)
+    if x.is_cuda and scale is None:
+        from engine.kernels import matmul
+
+        product = matmul.gated(x, weight)
+        if product is not None:
+            return product
     return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
 
 

@@ -1,6 +1,7 @@
 """Triton kernel of the products with stored weights, and which of the ways a product goes. Letters: `__init__`.
 
-One row goes through `gemv.py`. From two rows on:
+One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles. They need scales of whole
+outputs and rows of whole 16 bytes. What remains, and the other chips, is told here. From two rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
 token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
@@ -39,6 +40,7 @@ GROUPED_DIGIT_ROWS = 64  # where groups of inputs have scales: their sums are sc
 LIBRARY_FP8_ROWS = 1024  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
+BULK_ROWS = 256  # up to so many rows, and without scales of groups, products take bulk tiles where there are any
 EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
 
 _MAX_TILES = 4096  # that can be split: at most one for each SM are
@@ -202,12 +204,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     assert out is None or out.is_contiguous()
     if x.shape[0] == 1 and x.is_contiguous():
         return gemv(x, weight, None, bias, out=out)
-    ours = 1 < x.shape[0] <= PLAIN_ROWS and weight.shape[0] <= PLAIN_WIDTH
-    if ours and x.is_contiguous() and x.itemsize == 2:
+    ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
+    if ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0])):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
     if out is None:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def gated(x: Tensor, weight: Tensor) -> Tensor | None:
+    """silu(gate) * up of x[M, K] by weight[2I, K], one launch -> [M, I]; None where there is none for such operands."""
+    rows, width = x.shape[0], weight.shape[0] // 2
+    if not (1 < rows <= BULK_ROWS and x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)):
+        return None
+    return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
+
+
+def _bulk(x: Tensor, w: Tensor, width: int) -> bool:
+    """Whether a bulk tile multiplies x[M, K] by rows of w[., K], to M x width of 16 bits."""
+    aligned = x.data_ptr() % 16 == w.data_ptr() % 16 == 0
+    return aligned and takes_bulk(x.device, x.dtype, width, x.shape[1])
+
+
+def takes_bulk(device: torch.device, dtype: torch.dtype, width: int, depth: int) -> bool:
+    """Whether this chip has bulk tiles, and they take such operands: 8 or 16 bits, and rows of whole 16 bytes."""
+    fits = dtype.itemsize <= 2 and depth * dtype.itemsize % 16 == 0 and width % 8 == 0
+    return fits and chip.capability(device) == (9, 0) and _gluon()
+
+
+@cache
+def _gluon() -> bool:
+    """Whether this Triton's Gluon is one that `hopper_matmul.py` is written in; it is experimental, and changes."""
+    return triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 
 
 def weight_only_matmul(
@@ -299,11 +327,12 @@ def multiply(
     tile: Tile | None = None,
     num_splits: int = 0,
     out: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """Any of the products through `matmul_kernel`; x has two rows for each of x_scale's where they are digits. tile,
-    num_splits: the tests' and measurements' choice of them.
+    """Any of the products through a kernel of ours; x has two rows for each of x_scale's where they are digits. tile,
+    num_splits: the tests' and measurements' choice of them. gated: by a bulk tile alone, see `gated`.
     """
-    (rows, depth), width = x.shape, w.shape[0]
+    (rows, depth), width = x.shape, w.shape[0] // 2 if gated else w.shape[0]
     if x_scale is not None:
         kind = (W8A8 if x_scale.shape[0] == rows else DIGITS).value
     else:
@@ -313,16 +342,26 @@ def multiply(
     if rows == 0:
         return out
     num_sms = chip.num_sms(x.device)
-    found = tuned.choices(x.device).get(tuned.product_key(_KINDS[kind], w.dtype, rows, width, depth))
-    if found and tile is None and not group_size:
-        block_m, block_n, block_k, num_warps, num_stages, left, splits = found
-        tile = Tile(block_m, block_n, block_k, num_warps, num_stages, bool(left))
-        num_splits = num_splits or splits
-    tile = tile or choose_tile(tiles_for(x.device, kind, x.dtype, group_size), rows, width, num_sms)
+    if tile is None:
+        bulk = out.shape[0] <= BULK_ROWS and not group_size and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
+        bulk = bulk and out.data_ptr() % 16 == 0 and _bulk(x, w, width)
+        key = tuned.product_key("gated" if gated else _KINDS[kind], w.dtype, rows, *w.shape)
+        found = None if group_size else tuned.choices(x.device).get(key)
+        if found and (bulk or found[5] != tuned.BULK):
+            tile, num_splits = tuned.tile(found)
+        else:
+            tile = choose_tile(tiles_for(x.device, kind, x.dtype, group_size, bulk, gated), rows, width, num_sms)
     block_k = min(tile.block_k, group_size or tile.block_k)
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
-    num_splits = num_splits or choose_splits(num_tiles, depth, num_sms)
+    num_splits = 1 if gated else num_splits or choose_splits(num_tiles, depth, num_sms, tile.bulk)
     assert num_splits == 1 or num_tiles <= _MAX_TILES
+    if tile.bulk:
+        from engine.kernels import hopper_matmul
+
+        counters = _counters(x.device)
+        hopper_matmul.launch(x, x_scale, w, scale, bias, out, kind, tile, num_splits, counters, gated=gated)
+        return out
+    assert not gated
     parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 else 0
     matmul_kernel[(num_tiles, num_splits)](
         x,

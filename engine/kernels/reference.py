@@ -250,7 +250,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def weight_only_matmul(
     x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0
 ) -> Tensor:
-    return F.linear(x, dequantize(qdata, scale, group_size, x.dtype), bias)
+    weight = dequantize(qdata, scale, group_size, torch.float32)
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 def quantize_tokens(
@@ -288,7 +289,7 @@ def digits_matmul(
 ) -> Tensor:
     high, low = x.float().view(-1, 2, x.shape[1]).unbind(1)
     tokens = (high + low / (254 if x.dtype == torch.int8 else 16)) * x_scale
-    return weight_only_matmul(tokens, qdata, scale, None if bias is None else bias.float(), group_size).to(dtype)
+    return weight_only_matmul(tokens, qdata, scale, bias, group_size).to(dtype)
 
 
 def w8a8_matmul(

@@ -7,8 +7,9 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
         "w8a8/int8/64/4096x2048": [64, 64, 256, 4, 5, 0, 1]}}
 
 One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
-so many, and the fields of `tiles.Tile` and the splits. What a table lacks is chosen by the rules in `gemv.py` and
-`matmul.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
+so many, and block_m, block_n, block_k, num_warps, num_stages of `tiles.Tile`, the operand on the left (0: the rows, 1:
+the weights, 2: the weights, of a bulk tile), and the splits. What a table lacks is chosen by the rules in `gemv.py` and
+`tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ import torch
 
 from engine.config import ModelError
 from engine.kernels import chip
+from engine.kernels.tiles import Tile
 
 VARIABLE = "OCTAVO_TUNED"
 FOLDER = Path(__file__).parent / "tuned"
-ROWS = (16, 32, 64, 128, 256)  # products of up to so many rows are tuned together
+ROWS = (16, 32, 64, 128, 256, 512)  # products of up to so many rows are tuned together
+BULK = 2  # of the numbers that stand for an operand on the left
 
 Choices = dict[str, tuple[int, ...]]
 
 log = logging.getLogger("octavo.engine")
-_KEY = re.compile(r"(gemv/[124]|(plain|w8a8|digits)/[a-z0-9_]+/(16|32|64|128|256))/[1-9]\d*x[1-9]\d*")
+_KEY = re.compile(r"(gemv/[124]|(plain|gated|w8a8|digits)/[a-z0-9_]+/(16|32|64|128|256|512))/[1-9]\d*x[1-9]\d*")
 _POWERS = {1 << i for i in range(17)}
 
 
@@ -97,9 +100,17 @@ def valid(key: str, numbers: object) -> bool:
         all(16 <= b <= 512 for b in blocks)
         and num_warps <= 16
         and 1 <= num_stages <= 8
-        and left in (0, 1)
+        and left in (0, 1, BULK)
+        and (left != BULK or num_warps >= 4)
+        and (not key.startswith("gated") or (left == BULK and splits == 1))
         and 1 <= splits <= 32
     )
+
+
+def tile(numbers: tuple[int, ...]) -> tuple[Tile, int]:
+    """The tile and the splits that the numbers of a product stand for."""
+    block_m, block_n, block_k, num_warps, num_stages, left, splits = numbers
+    return Tile(block_m, block_n, block_k, num_warps, num_stages, left > 0, left == BULK), splits
 
 
 def write(path: Path, gpu: str, found: str, entries: Choices) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 
 from engine import LLM, ParameterError, SamplingParams
 from engine.config import ModelError
+from engine.core import StepResult
+from engine.messages import AddRequest
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -70,6 +73,37 @@ def test_bad_requests_are_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(ValueError, match="detokenize"):
         llm.generate([[1]], SamplingParams(stop=["x"], detokenize=False), use_tqdm=False)
     assert not llm.engine.has_work
+
+
+def test_steps_begin_before_the_last_prompt_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And objects that were there before are frozen meanwhile, unless they were already."""
+    llm = LLM(POCKET, variants=["bf16"], max_num_batched_tokens=64, max_num_seqs=8, kv_cache_tokens=2048, num_threads=1)
+    alone = [llm.generate([[i] * 24], GREEDY, use_tqdm=False)[0]["token_ids"] for i in range(8)]
+    calls: list[str] = []
+    add, step = llm.engine.add, llm.engine.step
+
+    def logged_add(request: AddRequest, prompt: list[int] | None = None) -> None:
+        calls.append("add")
+        add(request, prompt)
+
+    def logged_step() -> StepResult:
+        calls.append("step")
+        assert gc.get_freeze_count() > 10_000
+        return step()
+
+    monkeypatch.setattr(llm.engine, "add", logged_add)
+    monkeypatch.setattr(llm.engine, "step", logged_step)
+    assert gc.get_freeze_count() == 0
+    together = llm.generate([[i] * 24 for i in range(8)], GREEDY, use_tqdm=False)
+    assert [o["token_ids"] for o in together] == alone
+    assert calls[:9] == ["add", "add", "add", "step", "add", "add", "add", "step", "add"]
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        llm.generate([[1] * 24], GREEDY, use_tqdm=False)
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_bad_settings_are_refused_by_name() -> None:

@@ -39,6 +39,7 @@ from engine.kernels import (
     rope,
     sample,
 )
+from engine.kernels.tiles import BYTES_BULK, GATED_BULK, PLAIN_BULK
 
 
 class CompileOnly(DriverBase):
@@ -82,6 +83,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             assert "ld.global" in before, "the plan is fetched early"
             assert not any(word in before for word in ("st.global", "cp.async", "atom")), "keys and values are not"
+        if kernel.metadata.name == "hopper_matmul_kernel":
+            check_bulk(kernel.asm["ptx"], **kwargs)
         return kernel
 
     JITFunction.run = compile_instead
@@ -124,11 +127,22 @@ def check_early(
     assert not EARLY or after.count("cp.async.cg.shared.global") > 0
 
 
+def check_bulk(ptx: str, *, GATED: bool, STAGES: int, **rest: object) -> None:
+    """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and no more."""
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    assert after and "ld.global" not in before
+    asked = before.count("cp.async.bulk.tensor.2d.shared")
+    assert asked == STAGES * (2 if GATED else 1), (asked, STAGES, rest)
+    assert "cp.async.bulk.tensor.2d.global.shared" in after and "wgmma.mma_async" in after
+
+
 def multiply(capability: int, dtype: torch.dtype) -> None:
     """Every tile with one scale a row, and the smallest and largest with groups (scales cost a few registers)."""
     matrix = torch.zeros(2048, 2048, dtype=dtype)
     matmul.linear(matrix[:1], matrix)
     multiply_with(matmul.PLAIN, matrix[:2], None, matrix, None, 0)
+    if capability == 90 and dtype != torch.float32:
+        multiply_in_bulk(matrix)
     for depth in (2048, 6144, 12288):
         gemv.gemv(torch.zeros(1, depth, dtype=dtype), torch.zeros(64, depth, dtype=dtype), gated=depth == 2048)
     for stored in (torch.int8,) if dtype == torch.float32 else (torch.int8, torch.float8_e4m3fn):
@@ -159,6 +173,24 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
             if dtype != torch.float32:
                 tokens = convert.split_tokens(x, stored)
                 multiply_with(matmul.DIGITS, *tokens, qdata, scale, group, every=stored == torch.int8)
+
+
+def multiply_in_bulk(matrix: torch.Tensor) -> None:
+    """By the bulk tiles that are tried first, which take most of an SM, and by what an engine takes for two rows; in 8
+    bits each for one type and one kind.
+    """
+    x, bias, scale = matrix[:2], matrix[0], torch.zeros(2048, 1)
+    assert matmul.takes_bulk(x.device, x.dtype, *matrix.shape), "a new Triton: does hopper_matmul.py compile with it?"
+    matmul.linear(x, matrix)
+    assert matmul.gated(x, matrix) is not None
+    for tile in (some[0] for _, some in PLAIN_BULK):
+        matmul.multiply(x, None, matrix, None, bias, x.dtype, 0, tile)
+    for tile in (some[0] for _, some in GATED_BULK):
+        matmul.multiply(x, None, matrix, None, None, x.dtype, 0, tile, gated=True)
+    for number, tile in enumerate(some[0] for _, some in BYTES_BULK):
+        stored, digits = (torch.int8, torch.float8_e4m3fn)[number % 2], 1 + number // 2 % 2
+        codes, qdata = torch.zeros(2, 2048, dtype=stored), torch.zeros(2048, 2048, dtype=stored)
+        matmul.multiply(codes, scale[: 2 // digits], qdata, scale, None, x.dtype, 0, tile)
 
 
 def multiply_with(

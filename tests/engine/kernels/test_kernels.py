@@ -59,6 +59,7 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, ahead: Wait):
         "pick_kernel",
         "silu_mul_quantize_kernel",
         "widen_kernel",
+        *(["hopper_matmul_kernel"] if (capability, dtype) == (90, "bfloat16") else []),
     }
     too_large = [(name, size) for name, size in shared if size > LARGEST_SHARED[capability]]
     assert not too_large

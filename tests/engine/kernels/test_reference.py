@@ -155,9 +155,9 @@ def test_weight_only_matmul_is_the_dequantised_linear(dtype):
     int8 = codes.view(torch.int8).repeat(4, 2)
     fp8 = torch.where(codes & 0x7F == 0x7F, 0, codes).view(torch.float8_e4m3fn).repeat(4, 2)  # 0x7f, 0xff are NaN
     for qdata in (int8, fp8):
-        weight = (qdata.float() * scale).to(dtype)
         for b in (bias, None):
-            assert torch.equal(kernels.weight_only_matmul(x, qdata, scale, b), F.linear(x, weight, b))
+            expected = F.linear(x.float(), qdata.float() * scale, None if b is None else b.float()).to(dtype)
+            assert torch.equal(kernels.weight_only_matmul(x, qdata, scale, b), expected)
 
 
 @given(st.lists(st.integers(1, 300), max_size=8), st.integers(0, 8))

@@ -11,7 +11,8 @@ import torch
 
 from engine.benchmarks import tune
 from engine.config import ModelError
-from engine.kernels import tuned
+from engine.kernels import chip, matmul, tuned
+from engine.kernels.tiles import Tile
 
 GOOD = {"gemv/1/4096x2048": (8192, 8, 0), "w8a8/int8/64/4096x2048": (64, 64, 256, 4, 5, 0, 1)}
 
@@ -22,6 +23,12 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert tuned.read(file, "A GPU") == GOOD
     with pytest.raises(ModelError, match="Another"):
         tuned.read(file, "Another")
+
+
+def test_numbers_stand_for_tiles() -> None:
+    assert tuned.tile(GOOD["w8a8/int8/64/4096x2048"]) == (Tile(64, 64, 256, 4, 5, weight_left=False), 1)
+    assert tuned.tile((64, 64, 256, 4, 5, 1, 3)) == (Tile(64, 64, 256, 4, 5), 3)
+    assert tuned.tile((64, 64, 256, 4, 5, tuned.BULK, 2)) == (Tile(64, 64, 256, 4, 5, bulk=True), 2)
 
 
 def test_keys_are_those_that_a_table_may_have() -> None:
@@ -41,9 +48,12 @@ def test_keys_are_those_that_a_table_may_have() -> None:
         ("gemv/2/4096x2048", [4096, 4]),
         ("gemv/2/4096x2048", [4096, 4, -1]),
         ("gemv/2/4096x2048", "4096"),
-        (tuned.product_key("plain", torch.bfloat16, 257, 4096, 2048), [64, 64, 64, 4, 4, 1, 1]),
+        (tuned.product_key("plain", torch.bfloat16, 513, 4096, 2048), [64, 64, 64, 4, 4, 1, 1]),
         ("plain/bfloat16/48/4096x2048", [64, 64, 64, 4, 4, 1, 1]),
-        ("plain/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 2, 1]),
+        ("plain/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 3, 1]),
+        ("plain/bfloat16/64/4096x2048", [64, 64, 64, 2, 4, 2, 1]),
+        ("gated/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 1, 1]),
+        ("gated/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 2, 2]),
         ("plain/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, True, 1]),
         ("plain/bfloat16/64/4096x2048", [8, 64, 64, 4, 4, 1, 1]),
         ("plain/bfloat16/64/4096x2048", [64, 64, 64, 3, 4, 1, 1]),
@@ -92,6 +102,33 @@ def test_few_rows_are_tried_in_small_tiles_that_fit(kind: str, dtype: torch.dtyp
         assert all(tuned.valid(case.key, list(choice)) for choice in choices)
     more = tune.product_choices(tune.Case(kind, dtype, 64, *shape), 132, 227 << 10)
     assert all(choice[1] >= 32 for choice in more)  # the known tiles alone
+
+
+@pytest.mark.parametrize("shape", [(4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144)])
+def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for kind, dtype, rows in (
+        ("plain", torch.bfloat16, 16),
+        ("gated", torch.bfloat16, 256),
+        ("w8a8", torch.int8, 128),
+        ("digits", torch.float8_e4m3fn, 512),
+    ):
+        case = tune.Case(kind, dtype, rows, *shape)
+        found = tune.bulk_choices(case, 132, 227 << 10)
+        assert 4 <= len(found) <= 200 and len(set(found)) == len(found)
+        assert all(tuned.valid(case.key, list(choice)) for choice in found)
+        gates = 2 if kind == "gated" else 1
+        for block_m, block_n, block_k, _, num_stages, _, _ in found:
+            assert num_stages * (block_m + gates * block_n) * block_k * dtype.itemsize < 227 << 10
+            assert rows // 8 <= block_m <= rows
+        assert not any(choice[5] == tuned.BULK for choice in tune.choices_of(case, cpu)) or kind == "gated"
+    monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
+    assert matmul.takes_bulk(cpu, torch.bfloat16, *shape) and not matmul.takes_bulk(cpu, torch.float32, *shape)
+    assert not matmul.takes_bulk(cpu, torch.int8, 2044, 2048) and not matmul.takes_bulk(cpu, torch.int8, 2048, 2040)
+    case = tune.Case("plain", torch.bfloat16, 64, *shape)
+    assert {choice[5] for choice in tune.choices_of(case, cpu)} == {0, 1, tuned.BULK}
+    kinds = [c.kind for c in tune.cases([shape], ["plain", "gated"], [16, 256, 512], cpu, (12288, 2048))]
+    assert kinds.count("plain") == 2 and kinds.count("gated") == 2 * (shape == (12288, 2048))
 
 
 def test_tuning_is_restricted_to_what_is_asked_for() -> None:
