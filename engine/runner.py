@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import kernels
 from engine.batch import Assembled, PromptPiece, Tables, assemble, decode_batch, prefill_batch
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import DecodeGraphs
@@ -246,6 +247,8 @@ class Runner:
         return [s.sequence for s in scheduled if s is largest or computed & set(s.sequence.blocks)]
 
     def _launch_variant(self, variant: str, scheduled: list[Scheduled]) -> VariantFlight:
+        if kernels.longest_first(len(scheduled), self.model_config.num_kv_heads, self.device):
+            scheduled = sorted(scheduled, key=lambda s: s.start, reverse=True)
         if self.graphs is not None and self.graphs.covers(variant, scheduled):
             self.num_replays += 1
             return self._replay(self.graphs, variant, scheduled)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.kernels import reference
+from engine.kernels import chip, reference
 
 __all__ = [
     "PREFILL_TILE",
@@ -32,6 +32,7 @@ __all__ = [
     "draw",
     "gated",
     "linear",
+    "longest_first",
     "plan_tiles",
     "quantize_tokens",
     "rms_norm",
@@ -45,6 +46,7 @@ __all__ = [
     "weight_only_matmul",
 ]
 
+PROGRAMS_PER_SM = 13  # of decode attention, from which on they do not all run at once: measured on an H200
 PREFILL_TILE = 64  # queries of one sequence in one entry of AttentionPlan.tiles
 
 
@@ -117,6 +119,13 @@ def plan_tiles(query_lens_host: npt.NDArray[np.int32], num_decodes: int) -> npt.
     offsets = (np.arange(len(sequences)) - np.repeat(firsts, counts)) * PREFILL_TILE
     order = np.argsort(-offsets, kind="stable")
     return np.stack([sequences[order], offsets[order]], axis=1).astype(np.int32)
+
+
+def longest_first(num_decodes: int, num_kv_heads: int, device: torch.device) -> bool:
+    """Whether a batch with so many decode sequences should begin with the longest contexts: its attention then ends
+    with short ones. Where all run at once, the order that chance gives spreads long ones over the SMs, and is better.
+    """
+    return num_decodes * num_kv_heads >= PROGRAMS_PER_SM * chip.num_sms(device)
 
 
 def decode_inputs(
@@ -233,7 +242,8 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
     what it stands for, rounded to q's dtype. The kernels follow it (`kv_widen`), or multiply the stored values, in fp16
     where q is 16 bits, and apply the scales to scores and probabilities. Query j of a sequence with n queries and
     context c sees positions 0 to c - n + j. Pool positions past a context are never read, nor table entries past it.
-    Tokens past query_starts[B] are padding: their output is unspecified.
+    Tokens past query_starts[B] are padding: their output is unspecified. On a GPU, tables and plan must have been
+    written before the last ordinary launch (`chip.dependent_launch`), or waited for.
     """
     if q.is_cuda:
         from engine.kernels import paged_attention
@@ -259,6 +269,7 @@ def rope_and_attend(
 
     Each slot is where its sequence's table has that position. A batch that only decodes (num_decodes is T, no tiles) is
     one launch on a GPU. So in such a batch no sequence may read what another stores in it; the scheduler sees to that.
+    positions and slots: written as early as tables and plan.
     """
     rest = (positions, cache, slots, block_tables, plan, scale)
     if qkv.is_cuda:

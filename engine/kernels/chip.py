@@ -68,7 +68,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     """How a kernel is launched that may begin before the one it depends on has ended (programmatic dependent launch).
 
     The kernel gets PDL: where it is True, it must call `gdc_wait` before it reads or writes anything that another
-    kernel of the step writes or reads, and never return without; what it may do before is fetch weights.
+    kernel of the step writes or reads, and never return without. Before that it may fetch weights, and what was written
+    before the last ordinary launch: that waited for all before it, while any number of dependent ones since may still
+    run. In a forward this is the embedding; so decode attention fetches the plan and the tables early.
     """
     return {"PDL": True, "launch_pdl": True} if capability(device) >= (9, 0) else {"PDL": False}
 

@@ -15,6 +15,14 @@ Where a batch only decodes, the same kernel begins with what `rope.py` does (FUS
 rotates its own queries, and the one that reads a context's last position first stores it there. No other program reads
 that position, so none but this program's own threads have to wait for it.
 
+What does not depend on the kernel before is fetched before that has ended: weights, angles, and what the batch is,
+that is contexts, rows, positions, slots and the tables. All of it was written before the forward's first kernel that
+begins early, which waited for everything before it (`chip.dependent_launch`). Queries, keys and values are read after
+the wait, as the kernel before wrote some of them. Fetching blocks of keys and values to L2 before it does not pay.
+
+The programs of a large batch do not all run at once. They start in the batch's order, and a long context that starts
+last is read by one program alone: so such a batch has the longest first, see `longest_first`.
+
 Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867), in base 2, with fp32 sums.
 
 Codes of an 8-bit cache go to shared memory as they are and are widened in the registers that feed the tensor cores, to
@@ -124,42 +132,45 @@ def decode_kernel(
         k_gain_1, k_gain_2 = tl.load(k_gain).to(tl.float32), tl.load(k_gain + HALF).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     # Heads are neighbours in memory, so programs of one sequence run side by side.
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # None of these depends on another: their latencies overlap.
     context = tl.load(context_lens + sequence)
     row = tl.load(rows + sequence)
-    d = tl.arange(0, D)
-    column = tl.arange(0, COLUMNS)
-    valid = (column < G)[None, :]
-    head = sequence.to(tl.int64) * (HKV * G) + kv_head * G + column  # of all heads of all sequences
     if FUSED:
         position, slot = tl.load(positions + sequence), tl.load(slots + sequence)
-        token = q + sequence.to(tl.int64) * ((HKV * G + 2 * HKV) * D) + half
-        own, is_v = tl.arange(0, ROWS)[:, None], tl.arange(0, 2)[:, None] == 1  # k and v are one tile of two heads
-        own_q = token + (kv_head * G + own) * D
-        own_kv = token + (HKV * G + kv_head + tl.where(is_v, HKV, 0)) * D
-        q_1, q_2 = tl.load(own_q, mask=own < G, other=0.0), tl.load(own_q + HALF, mask=own < G, other=0.0)
-        kv_1, kv_2 = tl.load(own_kv), tl.load(own_kv + HALF)  # [2, D/2]
     else:
         position = 0
-        q_tile = tl.load(q + head[None, :] * D + d[:, None], mask=valid, other=0.0)  # [D, M]
     per_split = tl.cdiv(tl.cdiv(context, BLOCK_N), max(1, min(num_splits, tl.cdiv(context, least)))) * BLOCK_N
     used = tl.cdiv(context, max(per_split, 1))  # 0 for padding, whose output the first program writes
     # None is negative. But ptxas moves a load that nothing before a return needs behind it, where it waits its turn.
     if (split >= max(used, 1)) | (row < 0) | (position < 0):
+        if PDL:
+            gdc_wait()
         return
     start = split * per_split
     end = min(start + per_split, context)
     table = block_tables + row.to(tl.int64) * table_stride
     block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0).to(tl.int64)
     if FUSED:
-        dtype: tl.constexpr = out.dtype.element_ty
         angle = cos_sin + position.to(tl.int64) * D + half
         q_angle, k_angle = tl.broadcast_to(angle, (ALIKE, HALF)), tl.broadcast_to(angle, (2, HALF))
         q_cos, q_sin = tl.load(q_angle), tl.load(q_angle + HALF)
         k_cos, k_sin = tl.load(k_angle), tl.load(k_angle + HALF)
+    if PDL:
+        gdc_wait()
+    d = tl.arange(0, D)
+    column = tl.arange(0, COLUMNS)
+    valid = (column < G)[None, :]
+    head = sequence.to(tl.int64) * (HKV * G) + kv_head * G + column  # of all heads of all sequences
+    if FUSED:
+        dtype: tl.constexpr = out.dtype.element_ty
+        token = q + sequence.to(tl.int64) * ((HKV * G + 2 * HKV) * D) + half
+        own, is_v = tl.arange(0, ROWS)[:, None], tl.arange(0, 2)[:, None] == 1  # k and v are one tile of two heads
+        own_q = token + (kv_head * G + own) * D
+        own_kv = token + (HKV * G + kv_head + tl.where(is_v, HKV, 0)) * D
+        q_1, q_2 = tl.load(own_q, mask=own < G, other=0.0), tl.load(own_q + HALF, mask=own < G, other=0.0)
+        kv_1, kv_2 = tl.load(own_kv), tl.load(own_kv + HALF)  # [2, D/2]
         wide_1, wide_2 = kv_1.to(tl.float32), kv_2.to(tl.float32)
         k_1, k_2 = rotate(wide_1, wide_2, k_gain_1, k_gain_2, k_cos, k_sin, eps, NORM, dtype)
         wide_1, wide_2 = q_1.to(tl.float32), q_2.to(tl.float32)
@@ -186,6 +197,8 @@ def decode_kernel(
         # Columns past G repeat heads, which nothing reads.
         q_tile = tl.reshape(tl.permute(tl.join(q_1, q_2), (2, 1, 0)), (D, 1, ROWS))
         q_tile = tl.reshape(tl.broadcast_to(q_tile, (D, COLUMNS // ROWS, ROWS)), (D, COLUMNS))
+    else:
+        q_tile = tl.load(q + head[None, :] * D + d[:, None], mask=valid, other=0.0)  # [D, M]
     PAIRS: tl.constexpr = 1 if KIND == "" else 2
     WIDTH: tl.constexpr = D // PAIRS
     n, dv = tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
@@ -195,7 +208,7 @@ def decode_kernel(
     v_tile = v_cache + kv_head * WIDTH + (n * (HKV * WIDTH))[None, :] + dv[:, None]  # [D, N]
     ks_tile, vs_tile = k_scale + kv_head * BLOCK_SIZE + n, v_scale + kv_head * BLOCK_SIZE + n
     m_max = tl.full((COLUMNS,), float("-inf"), tl.float32)  # of the scores, base 2 (8-bit: with the values' scales)
-    l_sum = tl.zeros((COLUMNS,), tl.float32)
+    l_sum = tl.zeros((BLOCK_N, COLUMNS), tl.float32)  # added up at the end: no thread waits for another one's
     acc = tl.zeros((WIDTH, COLUMNS), tl.float32)  # 8-bit: even channels
     odd = tl.zeros((WIDTH, COLUMNS), tl.float32)
     for first in range(start, end, BLOCK_N):
@@ -220,7 +233,7 @@ def decode_kernel(
             new_max = tl.maximum(m_max, tl.max(score + exponents(vs)[:, None], axis=0))
         fade = tl.exp2(m_max - new_max)
         p = tl.exp2(score - new_max[None, :])
-        l_sum = l_sum * fade + tl.sum(p, axis=0)
+        l_sum = l_sum * fade[None, :] + p
         if KIND == "":
             acc = tl.dot(v, p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
         else:
@@ -229,6 +242,7 @@ def decode_kernel(
             acc = tl.dot(even_v.to(p.dtype), p, acc * fade[None, :], input_precision="ieee")
             odd = tl.dot(odd_v.to(p.dtype), p, odd * fade[None, :], input_precision="ieee")
         m_max = new_max
+    l_sum = tl.sum(l_sum, axis=0)
     total = tl.where(l_sum == 0.0, 1.0, l_sum)[None, :]  # padding: zeros
     if used <= 1:
         place = head[None, :] * D + dv[:, None] * PAIRS

@@ -13,7 +13,7 @@ import tiny
 import torch
 from msgspec import structs
 
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, kernels
 from engine.block_manager import hash_blocks, prefix_seed
 from engine.core import StepResult
 from engine.kernels import KVCache
@@ -69,6 +69,17 @@ def test_prompt_logprobs_equal_transformers(checkpoint: Checkpoint, family: str)
             assert got.ids[0] == prompt[position]
             torch.testing.assert_close(torch.tensor(got.values), want[position - 1, list(got.ids)], atol=1e-4, rtol=0)
             assert list(got.ids[1:]) == want[position - 1].topk(5).indices.tolist()
+
+
+@pytest.mark.parametrize("programs", [0, 1 << 30])
+def test_the_order_of_a_batch_changes_nothing(
+    checkpoint: Checkpoint, expected: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch, programs: int
+) -> None:
+    """Longest first, as large batches are, and as they come; with a prompt beside those that decode."""
+    monkeypatch.setattr(kernels, "PROGRAMS_PER_SM", programs)
+    assert kernels.longest_first(3, 2, torch.device("cpu")) == (programs == 0)
+    llm = make_llm(checkpoint("qwen3"), max_num_batched_tokens=24)
+    assert tokens(llm, PROMPTS) == expected("qwen3")
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))

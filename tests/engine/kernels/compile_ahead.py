@@ -82,6 +82,10 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             check_early(kernel.asm["ptx"], args[2], **kwargs)
         if kernel.metadata.name == "prefill_hopper_kernel":
             check_asynchronous(kernel.asm["sass"])
+        if self is decode_attention.decode_kernel and kwargs["PDL"]:
+            before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
+            assert "ld.global" in before, "the plan is fetched early"
+            assert not any(word in before for word in ("st.global", "cp.async", "atom")), "keys and values are not"
         if kernel.metadata.name == "hopper_matmul_kernel":
             check_bulk(kernel.asm["ptx"], **kwargs)
         return kernel

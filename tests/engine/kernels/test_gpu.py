@@ -105,11 +105,11 @@ def test_pools_beyond_two_to_the_31_elements(paged_batch):
     """The last blocks of a pool of 2^31 + elements are read and written where they are."""
     far, heads = 1 << 17, (16, 8, 128)
     batch = paged_batch(*MIXES["mixed"], heads=heads, dtype=torch.bfloat16, device="cuda")
-    used = len(batch.cache.k)
+    used, tables = len(batch.cache.k), batch.block_tables + far
     k, v = torch.empty(2, far + used, 16, *heads[1:], dtype=torch.bfloat16, device="cuda")
     assert k.numel() > 1 << 31
     k[far:], v[far:] = batch.cache.k, batch.cache.v
-    got = kernels.attention(batch.q, KVCache(k, v), batch.block_tables + far, batch.plan, 0.1)
+    got = kernels.attention(batch.q, KVCache(k, v), tables, batch.plan, 0.1)
     assert torch.equal(got, kernels.attention(*batch.args(0.1)))
     num_tokens = 4
     qkv = torch.randn(num_tokens, 32 * 128, device="cuda", dtype=torch.bfloat16)

@@ -105,12 +105,12 @@ def test_every_code_is_widened_exactly(kv, num_tokens):
     scale = torch.full((num_tokens, 2, 32), 2.0**-7, device="cuda")
     index = torch.arange(num_tokens + 1, dtype=torch.int32, device="cuda")
     ones = torch.ones(num_tokens, dtype=torch.int32).numpy()
+    tables, contexts = index[:num_tokens, None].contiguous(), torch.ones_like(index[1:])
     q = torch.randn(num_tokens, 4, 128, device="cuda").bfloat16()
-    tables = index[:num_tokens, None].contiguous()
     expected = (codes.view(kv).float() / 128).view(1, 2, 1, 128).expand(num_tokens, 2, 2, 128).flatten(1, 2)
     for decodes in (num_tokens, 0):
         tiles = torch.from_numpy(kernels.plan_tiles(ones, decodes)).cuda()
-        plan = kernels.AttentionPlan(index[:-1], index, torch.ones_like(index[1:]), ones, ones, decodes, tiles)
+        plan = kernels.AttentionPlan(index[:-1], index, contexts, ones, ones, decodes, tiles)
         got = kernels.attention(q, KVCache(pool, pool, scale, scale), tables, plan, 0.1)
         assert torch.equal(got.float(), expected)
 
@@ -152,7 +152,7 @@ def test_pools_beyond_two_to_the_31_codes(paged_batch):
     batch = paged_batch(
         *MIXES["mixed"], heads=heads, block_size=32, dtype=torch.bfloat16, device="cuda", kv=torch.float8_e4m3fn
     )
-    used = len(batch.cache.k)
+    used, tables = len(batch.cache.k), batch.block_tables + far
     k, v = torch.empty(2, far + used, 32, *heads[1:], dtype=torch.int8, device="cuda").view(torch.float8_e4m3fn)
     scales = torch.empty(2, far + used, heads[1], 32, device="cuda")
     assert k.numel() > 1 << 31
@@ -160,7 +160,7 @@ def test_pools_beyond_two_to_the_31_codes(paged_batch):
         large.view(torch.int8)[far:] = small.view(torch.int8)
     scales[0, far:], scales[1, far:] = batch.cache.k_scale, batch.cache.v_scale
     cache = KVCache(k, v, *scales)
-    got = kernels.attention(batch.q, cache, batch.block_tables + far, batch.plan, 0.01)
+    got = kernels.attention(batch.q, cache, tables, batch.plan, 0.01)
     assert torch.equal(got, kernels.attention(*batch.args(0.01)))
     qkv = torch.randn(4, 32 * 128, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(4, dtype=torch.int32, device="cuda")
