@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from engine import LLM, ParameterError, SamplingParams
-from engine.kernels.reference import gumbel_noise, nucleus_thresholds
-from engine.sampling import filter_thresholds, penalise
+from engine.kernels.reference import filter_thresholds, gumbel_noise, nucleus_thresholds
+from engine.sampling import penalise
 from engine.sequence import check_params
 
 Checkpoint = Callable[[str], Path]
