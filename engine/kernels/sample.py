@@ -43,11 +43,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import LARGEST_TOP_K, chip, columns
-from engine.kernels.ranking import GROUP, SLICE, best_ids, joined_sum, key_shift, load_slice
+from engine.kernels.ranking import GROUP, SLICE, best_ids, joined_sum, load_slice, precedes, same_bits
 
-ROUNDS = 3  # of checking and drawing again, before single programs finish what is open
+ROUNDS = 3  # up to 7, of checking and drawing again, before single programs finish what is open
 
 _PROGRAMS_PER_SM = 8
+_NUM_COUNTS = 8
+_CHECKED = 16384  # ids that one program of the check reads at a time, so that many loads are on their way
 
 _TOO_LARGE = tl.constexpr(0x7FFFFFFF)
 
@@ -105,6 +107,16 @@ def _log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    """Denormal results may be 0. FAST: in PTX."""
+    if FAST:
+        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def _bound(logit, ids, t, key, FAST: tl.constexpr):
     """At least `_drawn`, but for rounding: -log(1 - v) is at least v + v^2 / 2 + v^3 / 3."""
     v = 1.0 - _uniform(ids, key)
@@ -113,10 +125,10 @@ def _bound(logit, ids, t, key, FAST: tl.constexpr):
 
 
 @triton.jit
-def _group_sums(logit, peak, warm):
+def _group_sums(logit, peak, warm, FAST: tl.constexpr):
     """Of each group, logit[groups, GROUP], the sum of exp((logit - peak) / warm); peak[groups] is its largest."""
     finite = tl.where(peak == float("-inf"), 0.0, peak)
-    return tl.sum(tl.exp2((logit - finite[:, None]) * (_LOG2_E / warm)), axis=1)
+    return tl.sum(_exp2((logit - finite[:, None]) * ((1.0 / warm) * _LOG2_E), FAST), axis=1)
 
 
 @triton.jit
@@ -195,9 +207,10 @@ def _queue(row, pivot, pivots, queues, counts, stage, num_rows):
 
 
 @triton.jit
-def _mass_above(own, ids, start, num_ids, pivot, peak, warm, SLICE: tl.constexpr):
-    logit = load_slice(own, ids, start, num_ids, SLICE)
-    return tl.where(logit > pivot, tl.exp((logit - peak) / warm), 0.0)
+def _mass_above(own, start, num_ids, pivot, peak, scale, SLICE: tl.constexpr, FAST: tl.constexpr):
+    """Of one slice, the sum of exp((logit - peak) / temperature) above the pivot. scale: log2(e) / temperature."""
+    logit = load_slice(own, start + tl.arange(0, SLICE), start, num_ids, SLICE)
+    return tl.sum(tl.where(logit > pivot, _exp2((logit - peak) * scale, FAST), 0.0), axis=0)
 
 
 @triton.jit(
@@ -230,7 +243,7 @@ def scan_kernel(
     PDL: tl.constexpr,
 ):
     """bounds [B, num_groups]: of the draws of each group of a row. FULL: also, if the row's parameters ask for it, each
-    group's largest logit, log of its mass at the row's temperature, and of its sum of exponentials.
+    group's largest logit, mass at the row's temperature (relative to that), and log of the sum of exponentials.
     """
     if PDL:
         gdc_launch_dependents()
@@ -257,14 +270,16 @@ def scan_kernel(
             tl.store(arrived + row, 0)
             if row == 0:
                 tl.store(counts + tl.arange(0, NUM_COUNTS), tl.zeros((NUM_COUNTS,), tl.int32))
+        peak = tl.max(logit, axis=1)
         if ((t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))) | (num_logprobs > 0):
-            peak = tl.max(logit, axis=1)
             tl.store(group_peaks + place, peak, mask=exists)
-            if (t > 0) & (top_p < 1) & (top_k <= 0):
-                tl.store(masses + place, _group_sums(logit, peak, tl.maximum(t, 1e-5)), mask=exists)
+        if (t > 0) & (top_p < 1) & (top_k <= 0):
+            tl.store(masses + place, _group_sums(logit, peak, tl.maximum(t, 1e-5), FAST), mask=exists)
         if num_logprobs >= 0:
-            largest = tl.max(all_, axis=1)
-            total = _group_sums(all_, largest, 1.0)
+            largest = peak
+            if start + SLICE > num_ids:
+                largest = tl.max(all_, axis=1)
+            total = _group_sums(all_, largest, 1.0, FAST)
             tl.store(sums + place, largest + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0), mask=exists)
     if is_ranked == 0:
         bound = logit
@@ -289,9 +304,11 @@ def join_kernel(
     masses,
     sums,
     row_peaks,
+    scales,
     limits,
     pivots,
     log_sums,
+    found,
     queues,
     counts,
     tokens,
@@ -335,8 +352,11 @@ def join_kernel(
         token, pivot, warm = _TOO_LARGE, float("-inf"), tl.maximum(t, 1e-5)
         searches = is_ranked == 0
         if is_ranked | (num_logprobs > 0):
-            value, ids = best_ids(own, group_peaks, num_ids, num_groups, TOP, GROUP, MAX_GROUPS, SHIFT)
-            rank = tl.arange(0, TOP)
+            value, ids = best_ids(
+                *(own, group_peaks, found + row * TOP, num_ids, num_groups, TOP, GROUP, MAX_GROUPS, SHIFT)
+            )
+            before = precedes(value)
+            rank = tl.sum(before.to(tl.int32), axis=0)
             if num_logprobs > 0:
                 shown = rank < num_logprobs
                 tl.store(out + row * 2 * width + 1 + rank, ids, mask=shown)
@@ -346,9 +366,9 @@ def join_kernel(
                 peak = tl.max(value, axis=0)
                 mass = tl.where(rank < top_k, tl.exp((value - peak) / warm), 0.0)
                 mass = mass / tl.sum(mass, axis=0)
-                kept = (rank < top_k) & (tl.cumsum(mass, axis=0) - mass < top_p)
-                num_kept = tl.maximum(tl.sum(kept.to(tl.int32), axis=0), 1)
-                edge = tl.min(tl.where(rank < num_kept, value, float("inf")), axis=0)
+                mass_before = tl.sum(tl.where(before, mass[:, None], 0.0), axis=0)
+                kept = (rank == 0) | ((rank < top_k) & (mass_before < top_p))
+                edge = tl.min(tl.where(kept, value, float("inf")), axis=0)
                 edge = tl.maximum(edge, peak + warm * tl.log(min_p))
                 score = tl.where(value >= edge, _drawn(value, ids, t, key), float("-inf"))
                 token = tl.min(tl.where(score == tl.max(score, axis=0), ids, _TOO_LARGE), axis=0)
@@ -367,6 +387,7 @@ def join_kernel(
                 part = tl.load(masses + first + group, mask=group < num_groups, other=0.0)
                 total = tl.sum(part * tl.exp((peaks - row_peak) / warm), axis=0)
                 tl.store(row_peaks + row, row_peak)
+                tl.store(scales + row, (1.0 / warm) * _LOG2_E)
                 tl.store(limits + row, top_p * total)
         if searches:
             token = _search(
@@ -396,6 +417,7 @@ def check_kernel(
     bounds,
     group_peaks,
     row_peaks,
+    scales,
     limits,
     pivots,
     log_sums,
@@ -416,6 +438,7 @@ def check_kernel(
     SLICE: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
+    FAST: tl.constexpr,
     MAX_PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -425,14 +448,15 @@ def check_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    for item in range(tl.program_id(0), tl.load(counts + stage) * num_parts, tl.num_programs(0)):
-        row = tl.load(queues + stage * num_rows + item // num_parts).to(tl.int64)
+    count = tl.load(counts + stage)
+    last = queues + stage * num_rows + count - 1  # from the end: the rows read last may still be in the cache
+    for item in range(tl.program_id(0), count * num_parts, tl.num_programs(0)):
+        row = tl.load(last - item // num_parts).to(tl.int64)
         part = item % num_parts
-        own, at, pivot = logits + row * stride, tl.load(rows + row), tl.load(pivots + row)
-        t = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE)
-        ids = _slice_ids(part, SLICE, GROUP)
-        mass = _mass_above(own, ids, part * SLICE, num_ids, pivot, tl.load(row_peaks + row), t, SLICE)
-        tl.store(above + row * num_parts + part, tl.sum(tl.sum(mass, axis=1), axis=0))
+        own, pivot = logits + row * stride, tl.load(pivots + row)
+        peak, scale = tl.load(row_peaks + row), tl.load(scales + row)
+        mass = _mass_above(own, part * SLICE, num_ids, pivot, peak, scale, SLICE, FAST)
+        tl.store(above + row * num_parts + part, mass)
         tl.debug_barrier()  # every thread's part is stored before one of them says so
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == num_parts - 1:
             tl.store(arrived + row, 0)  # as the next stage expects it
@@ -440,8 +464,9 @@ def check_kernel(
             stored = above + row * num_parts + parts
             masses = tl.load(stored, mask=parts < num_parts, other=0.0, cache_modifier=".cg")
             if tl.sum(masses, axis=0) >= tl.load(limits + row):
-                position = tl.load(positions + row)
-                key, first = _noise_key(ints, at, position), row * num_groups
+                at, position = tl.load(rows + row), tl.load(positions + row)
+                t, key = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE), _noise_key(ints, at, position)
+                first = row * num_groups
                 token = _search(
                     *(own, bounds + first, group_peaks + first, pivot, False, num_ids, num_groups, t, key),
                     *(True, GROUP, MAX_GROUPS),
@@ -467,6 +492,7 @@ def finish_kernel(
     bounds,
     group_peaks,
     row_peaks,
+    scales,
     limits,
     pivots,
     log_sums,
@@ -484,6 +510,7 @@ def finish_kernel(
     SLICE: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
+    FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The rows that are still open: checked and drawn again by one program until they are not."""
@@ -498,14 +525,14 @@ def finish_kernel(
             _noise_key(ints, at, position),
             row * num_groups,
         )
-        peak, limit, pivot = tl.load(row_peaks + row), tl.load(limits + row), tl.load(pivots + row)
+        peak, scale = tl.load(row_peaks + row), tl.load(scales + row)
+        limit, pivot = tl.load(limits + row), tl.load(pivots + row)
         token, is_open = num_ids, True
         while is_open:
-            mass = tl.zeros((SLICE // GROUP, GROUP), tl.float32)
+            mass = 0.0
             for start in range(0, num_ids, SLICE):
-                ids = _slice_ids(start // SLICE, SLICE, GROUP)
-                mass += _mass_above(own, ids, start, num_ids, pivot, peak, t, SLICE)
-            is_open = tl.sum(tl.sum(mass, axis=1), axis=0) >= limit
+                mass += _mass_above(own, start, num_ids, pivot, peak, scale, SLICE, FAST)
+            is_open = mass >= limit
             if is_open:
                 found = _search(
                     *(own, bounds + first, group_peaks + first, pivot, False, num_ids, num_groups, t, key),
@@ -544,44 +571,46 @@ def draw(
     if num_rows == 0:
         return out
     full = filtered or width > 0
-    parts, groups = triton.cdiv(vocab_size, SLICE), triton.cdiv(vocab_size, GROUP)
+    parts, groups = triton.cdiv(num_ids, _CHECKED), triton.cdiv(vocab_size, GROUP)
     some, few = (num_rows * groups, num_rows) if full else (0, 0)  # as large as only the full kernels need
-    sizes = [num_rows * groups, some, some, some, few, few, few, few, few * parts]
-    bounds, group_peaks, masses, sums, row_peaks, limits, pivots, log_sums, above = _pieces(
+    sizes = [num_rows * groups, some, some, some, few, few, few, few, few, few * parts]
+    bounds, group_peaks, masses, sums, row_peaks, scales, limits, pivots, log_sums, above = _pieces(
         sizes, torch.float32, device
     )
-    arrived, queues, counts = _pieces([few, few * (ROUNDS + 1), 8], torch.int32, device)
+    sizes = [few, few * LARGEST_TOP_K, few * (ROUNDS + 1), _NUM_COUNTS]
+    arrived, found, queues, counts = _pieces(sizes, torch.int32, device)
     max_groups = max(LARGEST_TOP_K, triton.next_power_of_2(groups))
     tables, dependent = (rows, positions, floats, ints), chip.dependent_launch(device)
-    scan_kernel[(num_rows, parts)](
+    fast = not triton.knobs.runtime.interpret
+    scan_kernel[(num_rows, triton.cdiv(vocab_size, SLICE))](
         *(logits, *tables, bounds, group_peaks, masses, sums, arrived, counts),
         *(num_ids, vocab_size, groups, width, stride),
         FULL=full,
         TOP=LARGEST_TOP_K,
         SLICE=SLICE,
         GROUP=GROUP,
-        NUM_COUNTS=8,
-        FAST=not triton.knobs.runtime.interpret,
+        NUM_COUNTS=_NUM_COUNTS,
+        FAST=fast,
         num_warps=8,
         **dependent,
     )
     join_kernel[(num_rows,)](
         *(logits, *tables, thresholds, bounds, group_peaks, masses, sums),
-        *(row_peaks, limits, pivots, log_sums, queues, counts, tokens, out),
+        *(row_peaks, scales, limits, pivots, log_sums, found, queues, counts, tokens, out),
         *(num_ids, groups, num_rows, width, stride, tokens.stride(0)),
         FULL=full,
         WIDE=thresholds is not None,
         TOP=LARGEST_TOP_K,
         GROUP=GROUP,
         MAX_GROUPS=max_groups,
-        SHIFT=key_shift(logits.dtype, groups),
+        SHIFT=same_bits(logits.dtype),
         num_warps=8,
         **dependent,
     )
     if not filtered:
         return out
-    state = (*tables, bounds, group_peaks, row_peaks, limits, pivots, log_sums)
-    shape: dict[str, Any] = {"SLICE": SLICE, "GROUP": GROUP, "MAX_GROUPS": max_groups, **dependent}
+    state = (*tables, bounds, group_peaks, row_peaks, scales, limits, pivots, log_sums)
+    shape: dict[str, Any] = {"SLICE": _CHECKED, "GROUP": GROUP, "MAX_GROUPS": max_groups, "FAST": fast, **dependent}
     for stage in range(ROUNDS):
         check_kernel[(min(num_rows * parts, _PROGRAMS_PER_SM * chip.num_sms(device)),)](
             *(logits, *state, above, arrived, queues, counts, tokens, out),

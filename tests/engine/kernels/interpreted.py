@@ -315,6 +315,7 @@ def test_draw(rounds, top, dtype, monkeypatch):
     """The twin's very ids and logprobs. rounds 0: no filters; 1: one program a row finishes most of them."""
     monkeypatch.setattr(sample, "SLICE", 64)
     monkeypatch.setattr(sample, "GROUP", 8)
+    monkeypatch.setattr(sample, "_CHECKED", 128)
     monkeypatch.setattr(sample, "ROUNDS", max(rounds, 1))
     logits, rows, positions, floats, ints = sampling_case(dtype)
     at = rows.long()
@@ -343,6 +344,7 @@ def test_draw_beyond_what_is_ranked(monkeypatch):
     """A top-k of 100 among rows with less: its edge is given."""
     monkeypatch.setattr(sample, "SLICE", 64)
     monkeypatch.setattr(sample, "GROUP", 8)
+    monkeypatch.setattr(sample, "_CHECKED", 128)
     logits, rows, positions, floats, ints = sampling_case(torch.float32)
     at, tokens = rows.long(), torch.zeros(17, 50, dtype=torch.int32)
     ints[at[::3], columns.TOP_K] = torch.tensor([65, 100, 199, 70, 90, 300], dtype=torch.int32)
