@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine import kernels, sampling
-from engine.kernels import AttentionPlan, plan_tiles
+from engine.kernels import AttentionPlan, columns, plan_tiles
 from engine.models.qwen import Batch, Wanted
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
@@ -32,8 +32,8 @@ class Tables:
 
     tokens: Tensor  # [S, max_model_len + 1] int32
     blocks: Tensor  # [S, max_blocks] int32
-    floats: Tensor  # [S, sampling.NUM_FLOATS] float32
-    ints: Tensor  # [S, sampling.NUM_INTS] int32
+    floats: Tensor  # [S, columns.NUM_FLOATS] float32
+    ints: Tensor  # [S, columns.NUM_INTS] int32
 
     @staticmethod
     def allocate(num_sequences: int, max_model_len: int, block_size: int, device: torch.device) -> Tables:
@@ -41,8 +41,8 @@ class Tables:
         return Tables(
             tokens=torch.zeros(num_rows, max_model_len + 1, dtype=torch.int32, device=device),
             blocks=torch.zeros(num_rows, -(-max_model_len // block_size), dtype=torch.int32, device=device),
-            floats=torch.zeros(num_rows, sampling.NUM_FLOATS, dtype=torch.float32, device=device),
-            ints=torch.zeros(num_rows, sampling.NUM_INTS, dtype=torch.int32, device=device),
+            floats=torch.zeros(num_rows, columns.NUM_FLOATS, dtype=torch.float32, device=device),
+            ints=torch.zeros(num_rows, columns.NUM_INTS, dtype=torch.int32, device=device),
         )
 
     def update(self, admitted: list[Sequence], new_blocks: list[tuple[int, int, int]]) -> None:

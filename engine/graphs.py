@@ -5,7 +5,9 @@ sequences that have no context, store nothing and write to a spare row of the ta
 between steps can come between them:
 
     forward    per (variant, size): inputs from the tables, model, head -> `logits`, one buffer shared by all
-    draw       per size, shared by all variants: greedy or plain draws, and the ids into the token table
+    draw       per size, shared by all variants: an id a row, also into the token table. One for greedy and plain draws
+               alone, of two launches; one for every `SamplingPlan.is_usual`, whose kernels read in the tables what each
+               row asks for
 
 All graphs share one memory pool: their replays follow one another on one stream. Inputs are two int32 vectors, the rows
 and the contexts, in buffers of their own; everything else is already on the device.
@@ -24,7 +26,7 @@ from torch import Tensor
 from engine.batch import Tables, decode_batch
 from engine.kernels import KVCache
 from engine.models.qwen import Qwen
-from engine.sampling import SamplingPlan, sample
+from engine.sampling import PLAIN, USUAL, sample
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 
@@ -59,9 +61,9 @@ class DecodeGraphs:
         # rows and contexts (this step's token included) of up to max_size sequences; context 0 is padding
         self._inputs = torch.tensor([[spare] * max_size, [0] * max_size], dtype=torch.int32, device=self.device)
         self._spare = spare
-        self._tokens = torch.zeros(max_size, dtype=torch.int64, device=self.device)
         self._forward: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        self._draw: dict[int, torch.cuda.CUDAGraph] = {}
+        self._draw: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # by size, and whether it is the plain one
+        self._sampled: dict[tuple[int, bool], Tensor] = {}  # what they return
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -84,7 +86,8 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             for variant in self.models:
                 self.capture_one(variant, size)
-            self._draw[size] = self.record(partial(self._run_draw, size))
+            for plain in (True, False):
+                self._draw[size, plain] = self.record(partial(self._run_draw, size, plain))
 
     @torch.inference_mode()
     def capture_one(self, variant: str, size: int) -> None:
@@ -111,11 +114,11 @@ class DecodeGraphs:
         batch = decode_batch(self._inputs[0, :size], self._inputs[1, :size], self.tables, self.block_sizes[variant])
         model.logits(model.forward(batch, self.kv[variant]), self.logits[:size])
 
-    def _run_draw(self, size: int) -> None:
-        rows, contexts, t = self._inputs[0, :size].long(), self._inputs[1, :size], self.tables
-        tokens = sample(self.logits[:size], rows, contexts, t.floats, t.ints, t.tokens, self.num_ids, SamplingPlan())
-        self._tokens[:size].copy_(tokens.tokens)
-        t.tokens[rows, contexts.long()] = tokens.tokens.int()
+    def _run_draw(self, size: int, plain: bool) -> None:
+        rows, contexts, t, plan = self.rows[:size], self.contexts[:size], self.tables, PLAIN if plain else USUAL
+        self._sampled[size, plain] = sample(
+            self.logits[:size], rows, contexts, t.floats, t.ints, t.tokens, self.num_ids, plan
+        )
 
     def covers(self, variant: str, scheduled: list[Scheduled]) -> bool:
         """Whether this batch is one token of each of at most `max_size` sequences, all sampled, no prompt logprobs, and
@@ -140,13 +143,14 @@ class DecodeGraphs:
         self._forward[variant, size].replay()
         return self.logits[: len(rows)]
 
-    def draw(self, num_sequences: int) -> Tensor:
-        """An id for each of the rows of the last `forward`, [B] int64, also written to the token table.
+    def draw(self, num_sequences: int, plain: bool) -> Tensor:
+        """What `sampling.sample` returns for the rows of the last `forward`; valid until the next call.
 
-        What their parameters ask beyond temperature and seed is ignored: for `SamplingPlan.is_plain` only.
+        plain: for `SamplingPlan.is_plain`; what else the rows' parameters ask for is ignored. Otherwise for `is_usual`.
         """
-        self._draw[self._size(num_sequences)].replay()
-        return self._tokens[:num_sequences]
+        kind = self._size(num_sequences), plain
+        self._draw[kind].replay()
+        return self._sampled[kind][:num_sequences]
 
     def _size(self, num_sequences: int) -> int:
         return next(s for s in self.sizes if s >= num_sequences)

@@ -15,12 +15,12 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import decode_sizes
+from engine.kernels.columns import NUM_FLOATS, NUM_INTS
 from engine.kv_pool import bytes_per_block, tokens_per_block
 from engine.mixed_graphs import mixed_layouts
 from engine.quant.formats import Format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.variants import Variant, build_variants
-from engine.sampling import NUM_FLOATS, NUM_INTS
 from engine.weights import Checkpoint
 
 META = torch.device("meta")  # shapes without values

@@ -35,7 +35,7 @@ from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.smooth import smoothing_for
 from engine.quant.variants import Smoothing, Variant, build_variants
-from engine.sampling import Sampled, SamplingPlan, gather_logprobs, plan_sampling, sample, warm_up
+from engine.sampling import SamplingPlan, gather_logprobs, plan_sampling, sample, unpack, warm_up
 from engine.scheduler import Scheduled
 from engine.sequence import Sequence
 from engine.transfer import to_host
@@ -55,8 +55,8 @@ class VariantFlight:
     sampled: list[Sequence]  # in the order of the rows below
     num_prefill_tokens: int
     num_decode_tokens: int  # of sequences past their prompt
-    tokens: Tensor  # [N] int64
-    ids: Tensor | None  # [N, 1 + K + P] int64
+    tokens: Tensor  # [N] int32
+    ids: Tensor | None  # [N, 1 + K + P] int32
     values: Tensor | None
     num_top: int  # K
     clock: PhaseTimer
@@ -263,7 +263,8 @@ class Runner:
             plan = plan_sampling(a.sampled)
             num_top = max(0, plan.num_logprobs)
             logits = model.logits(hidden[:num_sampled])
-            tokens, ids, values = self._fetch(self._sample(logits, a.sample_rows.long(), a.sample_positions, plan))
+            sampled = self._sample(logits, a.sample_rows, a.sample_positions, plan)
+            tokens, ids, values = unpack(to_host(sampled), plan)
         for piece in a.pieces:
             piece.sequence.next_prompt_logprob = piece.start + piece.count
         clock.stop()
@@ -299,12 +300,12 @@ class Runner:
         rows = np.array([s.row for s in sequences], dtype=np.int32)
         contexts = np.array([s.start + 1 for s in scheduled], dtype=np.int32)
         logits = graphs.forward(variant, rows, contexts)
-        plan, ids, values = plan_sampling(sequences), None, None
-        if plan.is_plain:
-            tokens = to_host(graphs.draw(len(sequences)))
+        plan = plan_sampling(sequences)
+        if plan.is_usual:
+            sampled = graphs.draw(len(sequences), plan.is_plain)
         else:
-            sampled = self._sample(logits, graphs.rows[: len(rows)].long(), graphs.contexts[: len(rows)], plan)
-            tokens, ids, values = self._fetch(sampled)
+            sampled = self._sample(logits, graphs.rows[: len(rows)], graphs.contexts[: len(rows)], plan)
+        tokens, ids, values = unpack(to_host(sampled), plan)
         num_decoded = sum(s.start >= s.sequence.prompt_len for s in scheduled)
         clock.stop()
         return VariantFlight(
@@ -320,18 +321,10 @@ class Runner:
             clock=clock,
         )
 
-    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, plan: SamplingPlan) -> Sampled:
-        """Sample one token a row and put it into the token table. rows [N] int64, positions [N] int32."""
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, plan: SamplingPlan) -> Tensor:
+        """Sample one token a row, without graphs. rows, positions [N] int32."""
         t = self.tables
-        sampled = sample(logits, rows, positions, t.floats, t.ints, t.tokens, self.num_ids, plan)
-        t.tokens[rows, positions.long()] = sampled.tokens.int()
-        return sampled
-
-    def _fetch(self, sampled: Sampled) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Start copying what was sampled to the host: tokens, ids and values of logprobs."""
-        if sampled.ids is None or sampled.values is None:
-            return to_host(sampled.tokens), None, None
-        return to_host(sampled.tokens), to_host(sampled.ids), to_host(sampled.values)
+        return sample(logits, rows, positions, t.floats, t.ints, t.tokens, self.num_ids, plan)
 
     def _prompt_logprobs(self, model: Qwen, hidden: Tensor, a: Assembled) -> tuple[Tensor | None, Tensor | None]:
         """Logprobs of the prompt tokens that these hidden states [P, H] predict, through the head a chunk at a time.

@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from engine import kernels
-from engine.sequence import SamplingParams, Sequence
+from engine.kernels.columns import FREQUENCY, PRESENCE, PROMPT_LEN, REPETITION
+from engine.sequence import MAX_LOGPROBS, SamplingParams, Sequence
 from engine.transfer import to_device
-
-# Columns of the parameter tables, one row a running sequence.
-TEMPERATURE, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION = range(6)
-TOP_K, SEED_LOW, SEED_HIGH, PROMPT_LEN = range(4)
-NUM_FLOATS, NUM_INTS = 6, 4
 
 PENALTY_CHUNK = 64  # rows whose counts over the vocabulary exist at one time
 
@@ -37,7 +33,8 @@ def float_row(p: SamplingParams) -> list[float]:
 def int_row(sequence: Sequence) -> list[int]:
     low, high = sequence.seed & 0xFFFFFFFF, (sequence.seed >> 32) & 0xFFFFFFFF
     signed = [v - (1 << 32) if v >= 1 << 31 else v for v in (low, high)]
-    return [max(0, sequence.params.top_k), *signed, sequence.prompt_len]
+    p = sequence.params
+    return [max(0, p.top_k), *signed, sequence.prompt_len, -1 if p.logprobs is None else p.logprobs]
 
 
 @dataclass
@@ -56,6 +53,15 @@ class SamplingPlan:
     def is_plain(self) -> bool:
         """Nothing but a greedy or a plain draw is wanted."""
         return not (self.filter_width or self.nucleus or self.penalised or self.edits) and self.num_logprobs < 0
+
+    @property
+    def is_usual(self) -> bool:
+        """The kernels that draw do all that is wanted, with their own widths."""
+        return not (self.penalised or self.edits or self.named) and self.filter_width <= kernels.LARGEST_TOP_K
+
+
+PLAIN = SamplingPlan()
+USUAL = SamplingPlan(filter_width=kernels.LARGEST_TOP_K, nucleus=True, num_logprobs=MAX_LOGPROBS)  # serves every such
 
 
 def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
@@ -84,15 +90,6 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
     return plan
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """On the device: tokens [B] int64; with logprobs, `values` [B, 1 + K + P] float32 and `ids`, int64, alike."""
-
-    tokens: Tensor
-    ids: Tensor | None
-    values: Tensor | None
-
-
 def sample(
     logits: Tensor,
     rows: Tensor,
@@ -102,41 +99,46 @@ def sample(
     token_table: Tensor,
     num_ids: int,
     plan: SamplingPlan,
-) -> Sampled:
-    """Sample one token a row.
+) -> Tensor:
+    """Sample one token a row, also into the token table.
 
-    logits: [B, V] in any floating dtype. rows: [B] int64, row of the tables. positions: [B] int32, where the new token
-    will stand. floats, ints: the parameter tables [S, 6], [S, 4]. token_table: [S, max_len] int32. num_ids: ids at or
-    beyond it are never sampled.
+    logits: [B, V] in any floating dtype. rows: [B] int32, row of the tables. positions: [B] int32, where the new token
+    will stand. floats, ints: the parameter tables, see `kernels.columns`. token_table: [S, max_len] int32. num_ids: ids
+    at or beyond it are never sampled. Returns what `unpack` takes, on the device.
     """
-    raw = logits
+    tensors = (rows, positions, floats, ints, token_table, num_ids, plan.filter_width, plan.nucleus)
+    top = min(plan.num_logprobs, num_ids)
+    if not (plan.edits or plan.penalised or plan.named):
+        return kernels.draw(logits, *tensors, top)
+    edited = logits
     if plan.edits or plan.penalised:
-        logits = _edit(raw.to(torch.float32, copy=True), rows, positions, floats, ints, token_table, plan)
-    f = floats[rows]
-    i = ints[rows]
-    thresholds = top_p = None
-    if plan.filter_width:
-        _, ordered, _ = kernels.survey(logits, min(plan.filter_width, num_ids), num_ids)
-        thresholds = filter_thresholds(ordered, f, i[:, TOP_K])
-    if plan.nucleus:
-        top_p = torch.where(i[:, TOP_K] > 0, 1.0, f[:, TOP_P])
-    temperature = f[:, TEMPERATURE].contiguous()
-    seeds = i[:, SEED_LOW].contiguous(), i[:, SEED_HIGH].contiguous()
-    tokens = kernels.draw(logits, temperature, thresholds, top_p, *seeds, positions, num_ids)
+        edited = _edit(logits.to(torch.float32, copy=True), rows.long(), positions, floats, ints, token_table, plan)
+    tokens = kernels.draw(edited, *tensors)
     if plan.num_logprobs < 0:
-        return Sampled(tokens, None, None)
-    ids, values = gather_logprobs(raw, tokens, plan.num_logprobs, num_ids, plan.named)
-    return Sampled(tokens, ids, values)
+        return tokens
+    ids, values = gather_logprobs(logits, tokens[:, 0].long(), top, num_ids, plan.named)
+    return torch.cat([ids.int(), values.view(torch.int32)], dim=1)
+
+
+def unpack(sampled: Tensor, plan: SamplingPlan) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Views of what was sampled, [B, 1] or [B, 2 * W] int32: tokens [B] and, if the plan has logprobs, ids [B, N] and
+    values [B, N] float32 of the token, the top ones and those named. N <= W: a graph has room for more.
+    """
+    if plan.num_logprobs < 0:
+        return sampled[:, 0], None, None
+    ids, values = sampled.chunk(2, dim=1)
+    shown = None if plan.named else 1 + plan.num_logprobs
+    return sampled[:, 0], ids[:, :shown], values[:, :shown].view(torch.float32)
 
 
 def warm_up(logits: Tensor, floats: Tensor, ints: Tensor, token_table: Tensor, num_ids: int) -> None:
     """Sample in every way that has kernels of its own, so that none is compiled later. logits: [1, V], any values."""
-    rows = torch.full((1,), floats.shape[0] - 1, device=logits.device)  # the spare one
-    positions = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    rows = torch.full((1,), floats.shape[0] - 1, dtype=torch.int32, device=logits.device)  # the spare one
+    positions = torch.zeros_like(rows)
     for edits, penalised in (([], []), ([(0, 0, 0.0)], [0])):
-        for width in (0, 1, 33, 65):
-            for nucleus in (False, True):
-                plan = SamplingPlan(width, nucleus, penalised, len(penalised), edits, width if width < 21 else -1)
+        for width in (0, 1, kernels.LARGEST_TOP_K + 1):
+            for top in (-1, 0, MAX_LOGPROBS):
+                plan = SamplingPlan(width, False, penalised, len(penalised), edits, top)
                 sample(logits, rows, positions, floats, ints, token_table, num_ids, plan)
 
 
@@ -182,27 +184,6 @@ def penalise(logits: Tensor, tokens: Tensor, lengths: Tensor, prompt_lens: Tenso
     repetition = floats[:, REPETITION, None]
     logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
     return logits - floats[:, FREQUENCY, None] * counts - floats[:, PRESENCE, None] * (counts > 0)
-
-
-def filter_thresholds(ordered: Tensor, floats: Tensor, top_k: Tensor) -> Tensor:
-    """[B] float32: an id may be drawn if its logit is at least this. Ids that tie with the last one kept are kept.
-
-    Top-k, then the smallest set that holds top-p of what is left (an id stays while the mass before it is below top_p),
-    then ids of at least min-p of the best one's probability. Rows without top-k have their top-p in `kernels.draw`.
-
-    ordered [B, W]: the largest logits before temperature, falling, as many as the largest top_k; floats [B, 6]; top_k
-    [B] int32 (0: off).
-    """
-    temperature = floats[:, TEMPERATURE, None].clamp(min=1e-5)
-    place = torch.arange(ordered.shape[1], device=ordered.device)[None, :]
-    within = place < top_k[:, None]
-    probabilities = (ordered / temperature).masked_fill_(~within, float("-inf")).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    num_kept = (within & (before < floats[:, TOP_P, None])).sum(-1).clamp(min=1)
-    last = ordered.gather(1, (num_kept - 1)[:, None])[:, 0]
-    by_rank = torch.where(top_k > 0, last, float("-inf"))
-    # p >= min_p * best, in logits; log 0 is -inf: off
-    return torch.maximum(by_rank, ordered[:, 0] + temperature[:, 0] * floats[:, MIN_P].log())
 
 
 def gather_logprobs(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import kernels
 from engine.config import ModelConfig
-from engine.kernels import AttentionPlan, KVCache, plan_tiles, reference
+from engine.kernels import AttentionPlan, KVCache, columns, plan_tiles, reference
 from engine.kv_pool import kv_dtype
 from engine.models.qwen import Qwen
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear
@@ -187,13 +187,16 @@ def check_sampling(vocab_size: int, num_ids: int, dtype: torch.dtype, device: to
     expected_sums, expected, _ = reference.survey(logits.float(), min(20, num_ids), num_ids)
     both = torch.cat([values, log_sums[:, None]], dim=1), torch.cat([expected, expected_sums[:, None]], dim=1)
     yield compare(f"survey [{rows}, {vocab_size}]", *both, torch.float32)
-    temperature = torch.linspace(0, 2, rows, device=device)
-    seeds = torch.randint(-(1 << 31), 1 << 31, (3, rows), device=device).int()
-    for top_p in (None, torch.linspace(0.1, 1, rows, device=device)):
-        got = kernels.draw(logits, temperature, None, top_p, seeds[0], seeds[1], seeds[2], num_ids)
-        want = reference.draw(logits, temperature, None, top_p, seeds[0], seeds[1], seeds[2], num_ids)
-        share = float((got != want).float().mean())
-        what = f"draw [{rows}, {vocab_size}]{'' if top_p is None else ', top-p'} (share of ids that differ)"
+    floats = torch.zeros(rows, columns.NUM_FLOATS, device=device)
+    floats[:, columns.TEMPERATURE] = torch.linspace(0, 2, rows, device=device)
+    ints = torch.randint(-(1 << 31), 1 << 31, (rows, columns.NUM_INTS), device=device).int()  # seeds
+    ints[:, columns.TOP_K], ints[:, columns.NUM_LOGPROBS] = 0, -1
+    places, tokens = torch.arange(rows, device=device).int(), torch.zeros(rows, rows, device=device).int()
+    for top_p in (1.0, 0.9):
+        floats[:, columns.TOP_P] = top_p
+        args = (logits, places, places, floats, ints, tokens, num_ids, 0, top_p < 1, -1)
+        share = float((kernels.draw(*args) != reference.draw(*args)).float().mean())
+        what = f"draw [{rows}, {vocab_size}]{', top-p' if top_p < 1 else ''} (share of ids that differ)"
         yield Check(what, share, share, (DIFFERING_DRAWS, DIFFERING_DRAWS))
 
 

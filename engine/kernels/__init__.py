@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.kernels import chip, reference
+from engine.kernels import chip, columns, reference
 
 __all__ = [
+    "LARGEST_TOP_K",
     "PREFILL_TILE",
     "AttentionPlan",
     "Codes",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 PROGRAMS_PER_SM = 13  # of decode attention, from which on they do not all run at once: measured on an H200
+LARGEST_TOP_K = 64  # up to which the kernels rank themselves
 PREFILL_TILE = 64  # queries of one sequence in one entry of AttentionPlan.tiles
 
 
@@ -281,27 +283,42 @@ def rope_and_attend(
 
 def draw(
     logits: Tensor,
-    temperature: Tensor,
-    thresholds: Tensor | None,
-    top_p: Tensor | None,
-    seed_low: Tensor,
-    seed_high: Tensor,
+    rows: Tensor,
     positions: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    tokens: Tensor,
     num_ids: int,
+    filter_width: int = 0,
+    nucleus: bool = False,
+    top: int = -1,
 ) -> Tensor:
-    """One id a row by Gumbel-max -> [B] int64: the arg max of logit / temperature + noise, of the logit alone at 0.
+    """One id a row by Gumbel-max: the arg max of logit / temperature + noise over the ids that top-k, top-p and min-p
+    keep, of the logit alone at temperature 0. It is also written to the token table.
 
-    logits: [B, V] in any floating dtype. temperature: [B] fp32. thresholds: [B] fp32, ids whose logit is below are not
-    drawn (temperature 0 ignores them). top_p: [B] fp32, an id is drawn only if the mass of the ids with larger logits,
-    at this temperature and whatever the thresholds, is below this part of all (Holtzman et al., 2020, arXiv:1904.09751;
-    ids that tie with the last one stay); 1 is off. The noise is a hash of (seed [B] as two int32, position [B] int32,
-    id). Ids from num_ids on are never drawn and have no mass.
+    logits: [B, V] in any floating dtype. rows: [B] int32, of the tables. positions: [B] int32, where the new token
+    stands. floats, ints: the parameter tables [S, 6] and [S, 5], see `columns`. tokens: [S, max_len] int32. Ids from
+    num_ids on are never drawn and have no mass. filter_width: the largest top-k of the rows, at least 1 if any has
+    min-p; nucleus: some row has top-p and no top-k. The noise is a hash of (seed, position, id).
+
+    What is kept: `reference.filter_thresholds`, and of top-p without top-k the ids above which the mass is below top_p
+    at this temperature (Holtzman et al., 2020, arXiv:1904.09751); ids that tie with the last one stay.
+
+    Returns [B, 1] int32, the ids; or, with top >= 0, [B, 2 + 2 * top]: the id, the `top` best ids of the row, and, as
+    the bits of fp32, the logprobs of all these in the model's own distribution over V. Only the row's own NUM_LOGPROBS
+    of them need be there, and no logprob at all if that is -1.
     """
-    if logits.is_cuda:
-        from engine.kernels import sample
+    tensors = (logits, rows, positions, floats, ints, tokens, num_ids)
+    if not logits.is_cuda:
+        return reference.draw(*tensors, filter_width, nucleus, top)
+    from engine.kernels import sample
 
-        return sample.draw(logits, temperature, thresholds, top_p, seed_low, seed_high, positions, num_ids)
-    return reference.draw(logits, temperature, thresholds, top_p, seed_low, seed_high, positions, num_ids)
+    thresholds = None
+    if filter_width > LARGEST_TOP_K:
+        at = rows.long()
+        ordered = logits[:, :num_ids].float().topk(min(filter_width, num_ids), dim=-1).values
+        thresholds = reference.filter_thresholds(ordered, floats[at], ints[at, columns.TOP_K])
+    return sample.draw(*tensors, thresholds, nucleus or filter_width > 0, top)
 
 
 def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,7 +328,7 @@ def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor
     if logits.is_cuda:
         from engine.kernels import ranking
 
-        if k <= ranking.LARGEST_K:
+        if k <= LARGEST_TOP_K:
             return ranking.survey(logits, k, num_ids)
     return reference.survey(logits, k, num_ids)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.columns import MIN_P, SEED_HIGH, SEED_LOW, TEMPERATURE, TOP_K, TOP_P
 from engine.quant.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def nucleus_thresholds(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Te
     return torch.where(top_p < 1, last, float("-inf"))
 
 
-def draw(
+def drawn_ids(
     logits: Tensor,
     temperature: Tensor,
     thresholds: Tensor | None,
@@ -220,6 +221,9 @@ def draw(
     positions: Tensor,
     num_ids: int,
 ) -> Tensor:
+    """[B] int64, the arg max of logit / temperature + noise. thresholds: [B] fp32, ids whose logit is below are not
+    drawn (temperature 0 ignores them). top_p: [B] fp32, of all ids whatever the thresholds; 1 is off.
+    """
     logits = logits[:, :num_ids].float()
     drawn = temperature > 0
     if not bool(drawn.any()):
@@ -232,6 +236,58 @@ def draw(
         scaled = scaled.masked_fill(logits < thresholds[:, None], float("-inf"))
     noise = gumbel_noise(seed_low, seed_high, positions, num_ids)
     return torch.where(drawn[:, None], scaled + noise, logits).argmax(-1)
+
+
+def filter_thresholds(ordered: Tensor, floats: Tensor, top_k: Tensor) -> Tensor:
+    """[B] float32: an id may be drawn if its logit is at least this. Ids that tie with the last one kept are kept.
+
+    Top-k, then the smallest set that holds top-p of what is left (an id stays while the mass before it is below top_p),
+    then ids of at least min-p of the best one's probability. The top-p of rows without top-k is `nucleus_thresholds`'.
+
+    ordered [B, W]: the largest logits before temperature, falling, as many as the largest top_k; floats [B, 6]; top_k
+    [B] int32 (0: off).
+    """
+    temperature = floats[:, TEMPERATURE, None].clamp(min=1e-5)
+    place = torch.arange(ordered.shape[1], device=ordered.device)[None, :]
+    within = place < top_k[:, None]
+    probabilities = (ordered / temperature).masked_fill_(~within, float("-inf")).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    num_kept = (within & (before < floats[:, TOP_P, None])).sum(-1).clamp(min=1)
+    last = ordered.gather(1, (num_kept - 1)[:, None])[:, 0]
+    by_rank = torch.where(top_k > 0, last, float("-inf"))
+    # p >= min_p * best, in logits; log 0 is -inf: off
+    return torch.maximum(by_rank, ordered[:, 0] + temperature[:, 0] * floats[:, MIN_P].log())
+
+
+def draw(
+    logits: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    tokens: Tensor,
+    num_ids: int,
+    filter_width: int,
+    nucleus: bool,
+    top: int,
+) -> Tensor:
+    at = rows.long()
+    f, i = floats[at], ints[at]
+    thresholds = top_p = None
+    if filter_width:
+        ordered = logits[:, :num_ids].float().topk(min(filter_width, num_ids), dim=-1).values
+        thresholds = filter_thresholds(ordered, f, i[:, TOP_K])
+    if nucleus:
+        top_p = torch.where(i[:, TOP_K] > 0, 1.0, f[:, TOP_P])
+    seeds = i[:, SEED_LOW], i[:, SEED_HIGH]
+    drawn = drawn_ids(logits, f[:, TEMPERATURE], thresholds, top_p, *seeds, positions, num_ids)
+    tokens[at, positions.long()] = drawn.int()
+    if top < 0:
+        return drawn.int()[:, None]
+    log_sums, _, best = survey(logits, top, num_ids)
+    ids = torch.cat([drawn[:, None], best], dim=1)
+    values = logits.gather(1, ids).float() - log_sums[:, None]
+    return torch.cat([ids.int(), values.view(torch.int32)], dim=1)
 
 
 def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,18 +1,32 @@
-"""Drawing one id a row from logits, without sorting and without a pass for each operation.
+"""Sampling one id a row, with logprobs: no order of all ids, no pass for each operation, few launches.
 
-Gumbel-max is an arg max over logit / temperature + noise, and the noise is a hash of (seed, position, id): each program
-takes a slice of one row, makes the noise in registers and keeps the best; a second kernel joins the slices. The logits
-are read once, in the dtype that the head wrote.
+Gumbel-max is an arg max over logit / temperature + noise, and the noise is a hash of (seed, position, id). Its two
+logarithms of full precision are most of the work. So `scan_kernel` takes one approximate logarithm of each id that
+bounds the draw from above, and keeps the largest bound of each group of 64 ids. `join_kernel`, one program a row, draws
+exactly in the group with the largest bound, then in the next, until no bound reaches the best draw: mostly one group.
+Where nothing is filtered, these two launches are all. Parameters are read from the tables, by row; the id goes to the
+token table and, with logprobs, to a packed row that one copy takes to the host.
 
-The nucleus of top-p needs no order either. An id belongs to it if the mass of the ids above it is below the limit
-top_p * total: a property of the id's logit, and the larger the logit, the truer. So: draw from all ids, then add up the
-mass above the drawn one. Below the limit, it is what drawing from the nucleus alone would give. Otherwise the whole
-nucleus lies above it: draw again from there. With top_p 0.95 one row in twenty needs the second round; what is still
-open after `ROUNDS` is settled by one program a row, which bisects the logits for the nucleus' edge. (Drawing first and
-checking afterwards is known from FlashInfer's sampling kernels; here the noise is a function of the id, so that the
-result is exactly the arg max over the nucleus.)
+The filters keep the ids whose logit is above a pivot, and the same search, with groups whose largest logit is not above
+it left out, draws among them:
 
-Floor: B * V * itemsize bytes, 78 MB and 18 us for 256 rows of 151,936 in bf16 on an H200; with top-p twice that.
+    top-k     (up to TOP) the pivot lies among the TOP best ids, which `ranking.best_ids` finds; the draw is made among
+              these, unless more ids tie with the last one kept
+    min-p     the pivot follows from the largest logit
+    top-p     an id belongs to the nucleus if the mass of the ids above it is below the limit top_p * total: a property
+              of the id's logit, and the larger the logit, the truer. So: draw from all ids, then `check_kernel` adds up
+              the mass above the drawn one. Below the limit, it is what drawing from the nucleus alone would give.
+              Otherwise the whole nucleus lies above it: it is the pivot of the next draw. With top_p 0.95 one row in
+              twenty needs the second draw. (Drawing first and checking afterwards is known from FlashInfer's sampling
+              kernels; here the noise is a function of the id, so that the result is the arg max over the nucleus.)
+
+Rows to be checked stand in a queue; the last program of a row to end draws again if need be and puts it into the next
+queue. The grid is as large as the device, whatever the queue holds: a program that finds nothing to do costs 4 ns, and
+would there be one for each slice of 256 rows, 39 us a launch. What is open after `ROUNDS` is finished by one program a
+row.
+
+Floor: B * V * itemsize bytes, 78 MB and 18 us for 256 rows of 151,936 in bf16 on an H200; with top-p twice that. With
+noise the hash of each id: 20 instructions on the half-rate integer units, 50 us.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -20,14 +34,37 @@ Floor: B * V * itemsize bytes, 78 MB and 18 us for 256 rows of 151,936 in bf16 o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ROUNDS = 3  # of drawing and checking, before single programs settle what is open
+from engine.kernels import LARGEST_TOP_K, chip, columns
+from engine.kernels.ranking import GROUP, SLICE, best_ids, joined_sum, load_slice, precedes, same_bits
 
-_SLICE = 4096  # ids of one program
+ROUNDS = 3  # up to 7, of checking and drawing again, before single programs finish what is open
+
+_PROGRAMS_PER_SM = 8
+_NUM_COUNTS = 8
+_CHECKED = 16384  # ids that one program of the check reads at a time, so that many loads are on their way
+
+_TOO_LARGE = tl.constexpr(0x7FFFFFFF)
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+_TEMPERATURE = tl.constexpr(columns.TEMPERATURE)
+_TOP_P = tl.constexpr(columns.TOP_P)
+_MIN_P = tl.constexpr(columns.MIN_P)
+_TOP_K = tl.constexpr(columns.TOP_K)
+_SEED_LOW = tl.constexpr(columns.SEED_LOW)
+_SEED_HIGH = tl.constexpr(columns.SEED_HIGH)
+_NUM_LOGPROBS = tl.constexpr(columns.NUM_LOGPROBS)
+_NUM_FLOATS = tl.constexpr(columns.NUM_FLOATS)
+_NUM_INTS = tl.constexpr(columns.NUM_INTS)
 
 
 @triton.jit
@@ -41,295 +78,557 @@ def _mix(x):
 
 
 @triton.jit
-def _noise_key(seed_low, seed_high, positions, row):
-    key = _mix(tl.load(seed_low + row).to(tl.uint32, bitcast=True))
-    key = _mix(key ^ tl.load(seed_high + row).to(tl.uint32, bitcast=True))
-    return _mix(key + tl.load(positions + row).to(tl.uint32, bitcast=True))
+def _noise_key(ints, at, position):
+    key = _mix(tl.load(ints + at * _NUM_INTS + _SEED_LOW).to(tl.uint32, bitcast=True))
+    key = _mix(key ^ tl.load(ints + at * _NUM_INTS + _SEED_HIGH).to(tl.uint32, bitcast=True))
+    return _mix(key + position.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
-def _drawn(score, ids, t, key):
-    """logit / temperature + Gumbel noise."""
+def _uniform(ids, key):
     bits = _mix(_mix((ids.to(tl.uint32) * 0x9E3779B1) ^ key) + key)
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    return score / tl.maximum(t, 1e-5) - tl.log(-tl.log(uniform))
+    return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
 
 
 @triton.jit
-def ordered(x, SHIFT: tl.constexpr):
-    """fp32 -> int32 that compare alike. SHIFT: low bits that are the same in all values, 16 for bf16."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+def _drawn(logit, ids, t, key):
+    """logit / temperature + Gumbel noise."""
+    return logit / tl.maximum(t, 1e-5) - tl.log(-tl.log(_uniform(ids, key)))
 
 
 @triton.jit
-def _is_open(above, limits, row, num_parts, MAX_PARTS: tl.constexpr):
-    """Whether the id drawn last lies outside the nucleus: at least the limit's mass is above it."""
-    part = tl.arange(0, MAX_PARTS)
-    return tl.sum(tl.load(above + row * num_parts + part, mask=part < num_parts, other=0.0)) >= tl.load(limits + row)
+def _log2(x, FAST: tl.constexpr):
+    """Within 2^-22, or 2^-22 of itself. FAST: in PTX."""
+    if FAST:
+        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    """Denormal results may be 0. FAST: in PTX."""
+    if FAST:
+        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _bound(logit, ids, t, key, FAST: tl.constexpr):
+    """At least `_drawn`, but for rounding: -log(1 - v) is at least v + v^2 / 2 + v^3 / 3."""
+    v = 1.0 - _uniform(ids, key)
+    least = v * (1.0 + v * (0.5 + v * (1.0 / 3.0)))
+    return logit / tl.maximum(t, 1e-5) - _LN_2 * _log2(least, FAST)
+
+
+@triton.jit
+def _group_sums(logit, peak, warm, FAST: tl.constexpr):
+    """Of each group, logit[groups, GROUP], the sum of exp((logit - peak) / warm); peak[groups] is its largest."""
+    finite = tl.where(peak == float("-inf"), 0.0, peak)
+    return tl.sum(_exp2((logit - finite[:, None]) * ((1.0 / warm) * _LOG2_E), FAST), axis=1)
+
+
+@triton.jit
+def _below(x):
+    """The largest fp32 that is less than x."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    less = tl.where(bits > 0, bits - 1, tl.where(bits < 0, bits + 1, -0x7FFFFFFF))
+    return tl.where(x == float("-inf"), x, less.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _slice_ids(part, SLICE: tl.constexpr, GROUP: tl.constexpr):
+    groups = part * (SLICE // GROUP) + tl.arange(0, SLICE // GROUP)
+    return groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
+def _search(
+    own,
+    bounds,
+    group_peaks,
+    pivot,
+    all_groups,
+    num_ids,
+    num_groups,
+    t,
+    key,
+    FULL: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+):
+    """The best draw among the ids of one row whose logit is above the pivot: its id, of equal ones the first. own: the
+    row's logits. bounds: of its groups. all_groups: there are none, look at every group. FULL: there are group_peaks.
+    """
+    group = tl.arange(0, MAX_GROUPS)
+    bound = tl.load(bounds + group, mask=group < num_groups, other=float("-inf"))
+    if FULL:
+        peak = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
+        if (pivot > float("-inf")) | all_groups:
+            bound = tl.where(peak > pivot, tl.where(all_groups, float("inf"), bound), float("-inf"))
+    best, best_id = float("-inf"), _TOO_LARGE
+    top, index = tl.max(bound, axis=0, return_indices=True)
+    # Greedy, bounds are the logits themselves. Else 1e-4 is for the approximate log, 2^-20 for rounding the sums.
+    while (top > best) | ((t > 0) & (top > float("-inf")) & (top >= best - 1e-4 - tl.abs(best) * 9.5367431640625e-07)):
+        ids = index * GROUP + tl.arange(0, GROUP)
+        logit = tl.load(own + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
+        score = logit
+        if t > 0:
+            score = _drawn(logit, ids, t, key)
+        score = tl.where(logit > pivot, score, float("-inf"))
+        value = tl.max(score, axis=0)
+        first = tl.min(tl.where(score == value, ids, _TOO_LARGE), axis=0)
+        if (value > best) | ((value == best) & (first < best_id)):
+            best, best_id = value, first
+        bound = tl.where(group == index, float("-inf"), bound)
+        top, index = tl.max(bound, axis=0, return_indices=True)
+    return best_id
+
+
+@triton.jit
+def _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, log_sum):
+    """The row's id to the token table and to `out`, with its logprob if the row wants it."""
+    tl.store(tokens + at.to(tl.int64) * tokens_stride + position, token)
+    tl.store(out + row * tl.maximum(2 * width, 1), token)
+    if wants:
+        logit = tl.load(own + token).to(tl.float32)
+        tl.store(out + row * 2 * width + width, (logit - log_sum).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _queue(row, pivot, pivots, queues, counts, stage, num_rows):
+    """Rows stand in any order; what becomes of them does not depend on it."""
+    tl.store(pivots + row, pivot)
+    place = tl.atomic_add(counts + stage, 1)
+    tl.store(queues + stage * num_rows + place, row.to(tl.int32))
+
+
+@triton.jit
+def _mass_above(own, start, num_ids, pivot, peak, scale, SLICE: tl.constexpr, FAST: tl.constexpr):
+    """Of one slice, the sum of exp((logit - peak) / temperature) above the pivot. scale: log2(e) / temperature."""
+    logit = load_slice(own, start + tl.arange(0, SLICE), start, num_ids, SLICE)
+    return tl.sum(tl.where(logit > pivot, _exp2((logit - peak) * scale, FAST), 0.0), axis=0)
 
 
 @triton.jit(
-    do_not_specialize=["num_ids", "round_"],
-    do_not_specialize_on_alignment=["positions", "seed_low", "seed_high"],  # of one row they are columns of a table
+    do_not_specialize=["num_ids", "num_groups", "width"],
+    do_not_specialize_on_alignment=["rows", "positions"],
 )
-def draw_kernel(
+def scan_kernel(
     logits,
-    temperature,
-    thresholds,
-    seed_low,
-    seed_high,
+    rows,
     positions,
-    best,
-    best_id,
-    peaks,
+    floats,
+    ints,
+    bounds,
+    group_peaks,
     masses,
-    above,
-    limits,
-    pivots,
+    sums,
+    arrived,
+    counts,
     num_ids,
+    vocab_size,
+    num_groups,
+    width,
     stride,
-    round_,
-    FILTER: tl.constexpr,
-    NUCLEUS: tl.constexpr,
+    FULL: tl.constexpr,
+    TOP: tl.constexpr,
     SLICE: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_COUNTS: tl.constexpr,
+    FAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """best, best_id [B, parts]: the best of each slice of a row. NUCLEUS: also each slice's largest logit and the mass
-    relative to it; after round 0, of the open rows only, among ids above the pivot.
+    """bounds [B, num_groups]: of the draws of each group of a row. FULL: also, if the row's parameters ask for it, each
+    group's largest logit, mass at the row's temperature (relative to that), and log of the sum of exponentials.
     """
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    wanted = True
-    if NUCLEUS:
-        wanted = round_ == 0
-        if round_ > 0:
-            wanted = _is_open(above, limits, row, tl.num_programs(1), MAX_PARTS)
-    if wanted:
-        ids = part * SLICE + tl.arange(0, SLICE)
-        logit = tl.load(logits + row * stride + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
-        score = logit
-        t = tl.load(temperature + row)
-        at = row * tl.num_programs(1) + part
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start = part * SLICE
+    ids = _slice_ids(part, SLICE, GROUP)
+    all_ = load_slice(logits + row * stride, ids, start, vocab_size, SLICE)
+    logit = all_
+    if start + SLICE > num_ids:
+        logit = tl.where(ids < num_ids, all_, float("-inf"))
+    at = tl.load(rows + row)
+    t = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE)
+    group = part * (SLICE // GROUP) + tl.arange(0, SLICE // GROUP)
+    place, exists = row * num_groups + group, group < num_groups
+    is_ranked = False
+    if FULL:
+        top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
+        min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
+        top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
+        num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
+        is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
+        if part == 0:
+            tl.store(arrived + row, 0)
+            if row == 0:
+                tl.store(counts + tl.arange(0, NUM_COUNTS), tl.zeros((NUM_COUNTS,), tl.int32))
+        peak = tl.max(logit, axis=1)
+        if ((t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))) | (num_logprobs > 0):
+            tl.store(group_peaks + place, peak, mask=exists)
+        if (t > 0) & (top_p < 1) & (top_k <= 0):
+            tl.store(masses + place, _group_sums(logit, peak, tl.maximum(t, 1e-5), FAST), mask=exists)
+        if num_logprobs >= 0:
+            largest = peak
+            if start + SLICE > num_ids:
+                largest = tl.max(all_, axis=1)
+            total = _group_sums(all_, largest, 1.0, FAST)
+            tl.store(sums + place, largest + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0), mask=exists)
+    if is_ranked == 0:
+        bound = logit
         if t > 0:
-            score = _drawn(logit, ids, t, _noise_key(seed_low, seed_high, positions, row))
-            if FILTER:
-                score = tl.where(logit < tl.load(thresholds + row), float("-inf"), score)
-            if NUCLEUS:
-                if round_ > 0:
-                    score = tl.where(logit > tl.load(pivots + row), score, float("-inf"))
-                else:
-                    peak = tl.max(logit, axis=0)
-                    finite = tl.where(peak == float("-inf"), 0.0, peak)
-                    tl.store(peaks + at, peak)
-                    tl.store(masses + at, tl.sum(tl.exp((logit - finite) / tl.maximum(t, 1e-5)), axis=0))
-        value, index = tl.max(score, axis=0, return_indices=True)
-        tl.store(best + at, value)
-        tl.store(best_id + at, part * SLICE + index)
+            bound = _bound(logit, ids, t, _noise_key(ints, at, tl.load(positions + row)), FAST)
+        tl.store(bounds + place, tl.max(bound, axis=1), mask=exists)
 
 
-@triton.jit(do_not_specialize=["num_parts", "round_"])
+@triton.jit(
+    do_not_specialize=["num_ids", "num_groups", "num_rows", "width"],
+    do_not_specialize_on_alignment=["rows", "positions"],
+)
 def join_kernel(
     logits,
-    temperature,
-    top_p,
-    best,
-    best_id,
-    peaks,
+    rows,
+    positions,
+    floats,
+    ints,
+    thresholds,
+    bounds,
+    group_peaks,
     masses,
-    above,
+    sums,
     row_peaks,
+    scales,
     limits,
     pivots,
+    log_sums,
+    found,
+    queues,
+    counts,
+    tokens,
     out,
-    num_parts,
-    stride,
-    round_,
-    NUCLEUS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-):
-    """out[B] int64: the id of the best slice of each row. NUCLEUS: its logit is the row's pivot; the row's largest
-    logit and its limit, infinite where nothing is to be checked, follow from the slices.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    wanted = True
-    if NUCLEUS:
-        wanted = round_ == 0
-        if round_ > 0:
-            wanted = _is_open(above, limits, row, num_parts, MAX_PARTS)
-    if wanted:
-        part = tl.arange(0, MAX_PARTS)
-        value = tl.load(best + row * num_parts + part, mask=part < num_parts, other=float("-inf"))
-        winner = tl.load(best_id + row * num_parts + tl.argmax(value, axis=0)).to(tl.int64)
-        tl.store(out + row, winner)
-        if NUCLEUS:
-            tl.store(pivots + row, tl.load(logits + row * stride + winner).to(tl.float32))
-            if round_ == 0:
-                t, p = tl.load(temperature + row), tl.load(top_p + row)
-                limit, row_peak = float("inf"), 0.0
-                if (t > 0) & (p < 1):
-                    peak = tl.load(peaks + row * num_parts + part, mask=part < num_parts, other=float("-inf"))
-                    mass = tl.load(masses + row * num_parts + part, mask=part < num_parts, other=0.0)
-                    row_peak = tl.max(peak, axis=0)
-                    limit = p * tl.sum(mass * tl.exp((peak - row_peak) / tl.maximum(t, 1e-5)), axis=0)
-                tl.store(row_peaks + row, row_peak)
-                tl.store(limits + row, limit)
-
-
-@triton.jit(do_not_specialize=["num_ids", "round_"])
-def above_kernel(
-    logits,
-    temperature,
-    row_peaks,
-    limits,
-    pivots,
-    before,
-    above,
     num_ids,
+    num_groups,
+    num_rows,
+    width,
     stride,
-    round_,
-    SLICE: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
+    tokens_stride,
+    FULL: tl.constexpr,
+    WIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """above[B, parts]: each slice's mass above the row's pivot; of rows that need no check, or no more, what it was."""
+    """The id of each row, and its logprobs. Rows of which a nucleus must be checked stand in the first queue."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    at = row * tl.num_programs(1) + part
-    mass = 0.0
-    wanted = tl.load(limits + row) < float("inf")
-    if round_ > 0:
-        wanted = _is_open(before, limits, row, tl.num_programs(1), MAX_PARTS)
-        mass = tl.load(before + at)
-    if wanted:
-        ids = part * SLICE + tl.arange(0, SLICE)
-        logit = tl.load(logits + row * stride + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
-        scaled = (logit - tl.load(row_peaks + row)) / tl.maximum(tl.load(temperature + row), 1e-5)
-        mass = tl.sum(tl.where(logit > tl.load(pivots + row), tl.exp(scaled), 0.0), axis=0)
-    tl.store(above + at, mass)
+    own, first = logits + row * stride, row * num_groups
+    bounds += first
+    at, position = tl.load(rows + row), tl.load(positions + row)
+    t, key = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE), _noise_key(ints, at, position)
+    wants, log_sum = False, 0.0
+    if FULL:
+        group_peaks += first
+        top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
+        min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
+        top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
+        num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
+        is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
+        has_nucleus = (t > 0) & (top_k <= 0) & (top_p < 1)
+        wants = num_logprobs >= 0
+        if wants:
+            log_sum = joined_sum(sums + first, num_groups, MAX_GROUPS)
+            tl.store(log_sums + row, log_sum)
+        token, pivot, warm = _TOO_LARGE, float("-inf"), tl.maximum(t, 1e-5)
+        searches = is_ranked == 0
+        if is_ranked | (num_logprobs > 0):
+            value, ids = best_ids(
+                *(own, group_peaks, found + row * TOP, num_ids, num_groups, TOP, GROUP, MAX_GROUPS, SHIFT)
+            )
+            before = precedes(value)
+            rank = tl.sum(before.to(tl.int32), axis=0)
+            if num_logprobs > 0:
+                shown = rank < num_logprobs
+                tl.store(out + row * 2 * width + 1 + rank, ids, mask=shown)
+                bits = (value - log_sum).to(tl.int32, bitcast=True)
+                tl.store(out + row * 2 * width + width + 1 + rank, bits, mask=shown)
+            if is_ranked:
+                peak = tl.max(value, axis=0)
+                mass = tl.where(rank < top_k, tl.exp((value - peak) / warm), 0.0)
+                mass = mass / tl.sum(mass, axis=0)
+                mass_before = tl.sum(tl.where(before, mass[:, None], 0.0), axis=0)
+                kept = (rank == 0) | ((rank < top_k) & (mass_before < top_p))
+                edge = tl.min(tl.where(kept, value, float("inf")), axis=0)
+                edge = tl.maximum(edge, peak + warm * tl.log(min_p))
+                score = tl.where(value >= edge, _drawn(value, ids, t, key), float("-inf"))
+                token = tl.min(tl.where(score == tl.max(score, axis=0), ids, _TOO_LARGE), axis=0)
+                last = tl.min(value, axis=0)
+                if (last >= edge) & (last > float("-inf")):
+                    pivot, searches = _below(edge), True
+        if WIDE and (t > 0) & (top_k > TOP):
+            pivot = _below(tl.load(thresholds + row))
+        if (t > 0) & (top_k <= 0) & ((top_p < 1) | (min_p > 0)):
+            group = tl.arange(0, MAX_GROUPS)
+            peaks = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
+            row_peak = tl.max(peaks, axis=0)
+            if min_p > 0:
+                pivot = _below(row_peak + warm * tl.log(min_p))
+            if top_p < 1:
+                part = tl.load(masses + first + group, mask=group < num_groups, other=0.0)
+                total = tl.sum(part * tl.exp((peaks - row_peak) / warm), axis=0)
+                tl.store(row_peaks + row, row_peak)
+                tl.store(scales + row, (1.0 / warm) * _LOG2_E)
+                tl.store(limits + row, top_p * total)
+        if searches:
+            token = _search(
+                *(own, bounds, group_peaks, pivot, is_ranked, num_ids, num_groups, t, key, FULL, GROUP, MAX_GROUPS)
+            )
+        token = tl.minimum(token, num_ids - 1)  # of logits that are no numbers, too, an id
+        if has_nucleus:
+            _queue(row, tl.load(own + token).to(tl.float32), pivots, queues, counts, 0, num_rows)
+    else:
+        token = _search(
+            *(own, bounds, bounds, float("-inf"), False, num_ids, num_groups, t, key, FULL, GROUP, MAX_GROUPS)
+        )
+        token = tl.minimum(token, num_ids - 1)
+    _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, log_sum)
 
 
 @triton.jit(
-    do_not_specialize=["num_ids", "num_parts"],
-    do_not_specialize_on_alignment=["positions", "seed_low", "seed_high"],
+    do_not_specialize=["num_ids", "num_groups", "num_parts", "num_rows", "width", "stage"],
+    do_not_specialize_on_alignment=["rows", "positions"],
 )
-def settle_kernel(
+def check_kernel(
     logits,
-    temperature,
-    thresholds,
-    seed_low,
-    seed_high,
+    rows,
     positions,
+    floats,
+    ints,
+    bounds,
+    group_peaks,
     row_peaks,
+    scales,
     limits,
     pivots,
+    log_sums,
     above,
+    arrived,
+    queues,
+    counts,
+    tokens,
     out,
     num_ids,
+    num_groups,
     num_parts,
+    num_rows,
+    width,
+    stage,
     stride,
-    FILTER: tl.constexpr,
-    SHIFT: tl.constexpr,
+    tokens_stride,
     SLICE: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    FAST: tl.constexpr,
     MAX_PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The rows that are still open: the nucleus' edge by bisection, then the best draw above it."""
-    row = tl.program_id(0).to(tl.int64)
-    if _is_open(above, limits, row, num_parts, MAX_PARTS):
-        logits += row * stride
-        t = tl.load(temperature + row)
-        peak, limit = tl.load(row_peaks + row), tl.load(limits + row)
-        outside = ordered(tl.load(pivots + row), SHIFT).to(tl.int64)  # their difference needs 33 bits
-        inside = ordered(peak, SHIFT).to(tl.int64)
-        while inside - outside > 1:
-            middle = ((inside + outside) >> 1).to(tl.int32)
-            mass = tl.zeros((SLICE,), tl.float32)
+    """above[B, parts]: each slice's mass above the row's pivot. If it reaches the limit, the row gets another id, which
+    is to be checked in the next stage.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    count = tl.load(counts + stage)
+    last = queues + stage * num_rows + count - 1  # from the end: the rows read last may still be in the cache
+    for item in range(tl.program_id(0), count * num_parts, tl.num_programs(0)):
+        row = tl.load(last - item // num_parts).to(tl.int64)
+        part = item % num_parts
+        own, pivot = logits + row * stride, tl.load(pivots + row)
+        peak, scale = tl.load(row_peaks + row), tl.load(scales + row)
+        mass = _mass_above(own, part * SLICE, num_ids, pivot, peak, scale, SLICE, FAST)
+        tl.store(above + row * num_parts + part, mass)
+        tl.debug_barrier()  # every thread's part is stored before one of them says so
+        if tl.atomic_add(arrived + row, 1, sem="acq_rel") == num_parts - 1:
+            tl.store(arrived + row, 0)  # as the next stage expects it
+            parts = tl.arange(0, MAX_PARTS)
+            stored = above + row * num_parts + parts
+            masses = tl.load(stored, mask=parts < num_parts, other=0.0, cache_modifier=".cg")
+            if tl.sum(masses, axis=0) >= tl.load(limits + row):
+                at, position = tl.load(rows + row), tl.load(positions + row)
+                t, key = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE), _noise_key(ints, at, position)
+                first = row * num_groups
+                token = _search(
+                    *(own, bounds + first, group_peaks + first, pivot, False, num_ids, num_groups, t, key),
+                    *(True, GROUP, MAX_GROUPS),
+                )
+                if token < num_ids:  # or a limit that rounds to nothing, and the row keeps its id
+                    wants = (tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS) >= 0) & (width > 0)
+                    log_sum = tl.load(log_sums + row)
+                    _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, log_sum)
+                    pivot = tl.load(own + token).to(tl.float32)
+                    _queue(row, pivot, pivots, queues, counts, stage + 1, num_rows)
+
+
+@triton.jit(
+    do_not_specialize=["num_ids", "num_groups", "num_rows", "width", "stage"],
+    do_not_specialize_on_alignment=["rows", "positions"],
+)
+def finish_kernel(
+    logits,
+    rows,
+    positions,
+    floats,
+    ints,
+    bounds,
+    group_peaks,
+    row_peaks,
+    scales,
+    limits,
+    pivots,
+    log_sums,
+    queues,
+    counts,
+    tokens,
+    out,
+    num_ids,
+    num_groups,
+    num_rows,
+    width,
+    stage,
+    stride,
+    tokens_stride,
+    SLICE: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    FAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The rows that are still open: checked and drawn again by one program until they are not."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for item in range(tl.program_id(0), tl.load(counts + stage), tl.num_programs(0)):
+        row = tl.load(queues + stage * num_rows + item).to(tl.int64)
+        own, at, position = logits + row * stride, tl.load(rows + row), tl.load(positions + row)
+        t, key, first = (
+            tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE),
+            _noise_key(ints, at, position),
+            row * num_groups,
+        )
+        peak, scale = tl.load(row_peaks + row), tl.load(scales + row)
+        limit, pivot = tl.load(limits + row), tl.load(pivots + row)
+        token, is_open = num_ids, True
+        while is_open:
+            mass = 0.0
             for start in range(0, num_ids, SLICE):
-                ids = start + tl.arange(0, SLICE)
-                logit = tl.load(logits + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
-                scaled = (logit - peak) / tl.maximum(t, 1e-5)
-                mass += tl.where(ordered(logit, SHIFT) > middle, tl.exp(scaled), 0.0)
-            if tl.sum(mass, axis=0) < limit:
-                inside = middle.to(tl.int64)
-            else:
-                outside = middle.to(tl.int64)
-        edge = outside.to(tl.int32)
-        key = _noise_key(seed_low, seed_high, positions, row)
-        best, best_id = tl.full((SLICE,), float("-inf"), tl.float32), tl.zeros((SLICE,), tl.int32)
-        for start in range(0, num_ids, SLICE):
-            ids = start + tl.arange(0, SLICE)
-            logit = tl.load(logits + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
-            score = tl.where(ordered(logit, SHIFT) > edge, _drawn(logit, ids, t, key), float("-inf"))
-            if FILTER:
-                score = tl.where(logit < tl.load(thresholds + row), float("-inf"), score)
-            best_id = tl.where(score > best, ids, best_id)
-            best = tl.maximum(score, best)
-        place = tl.argmax(best, axis=0)
-        tl.store(out + row, tl.sum(tl.where(tl.arange(0, SLICE) == place, best_id, 0), axis=0).to(tl.int64))
+                mass += _mass_above(own, start, num_ids, pivot, peak, scale, SLICE, FAST)
+            is_open = mass >= limit
+            if is_open:
+                found = _search(
+                    *(own, bounds + first, group_peaks + first, pivot, False, num_ids, num_groups, t, key),
+                    *(True, GROUP, MAX_GROUPS),
+                )
+                is_open = found < num_ids
+                if is_open:
+                    token, pivot = found, tl.load(own + found).to(tl.float32)
+        if token < num_ids:
+            wants = (tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS) >= 0) & (width > 0)
+            _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, tl.load(log_sums + row))
 
 
 def draw(
     logits: Tensor,
-    temperature: Tensor,
-    thresholds: Tensor | None,
-    top_p: Tensor | None,
-    seed_low: Tensor,
-    seed_high: Tensor,
+    rows: Tensor,
     positions: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    tokens: Tensor,
     num_ids: int,
+    thresholds: Tensor | None,
+    filtered: bool,
+    top: int,
 ) -> Tensor:
+    """As the door's, but thresholds: [B] fp32, the filters' edge of the rows whose top-k is beyond `LARGEST_TOP_K`, if
+    there are such; filtered: some row has top-k, top-p or min-p.
+    """
     num_rows, vocab_size = logits.shape
-    assert logits.stride(1) == 1 and 0 < num_ids <= vocab_size
-    for t, dtype in (
-        (temperature, torch.float32),
-        (temperature if thresholds is None else thresholds, torch.float32),
-        (temperature if top_p is None else top_p, torch.float32),
-        (seed_low, torch.int32),
-        (seed_high, torch.int32),
-        (positions, torch.int32),
-    ):
-        assert t.shape == (num_rows,) and t.dtype == dtype and t.is_contiguous()
-    nucleus, stride = top_p is not None, logits.stride(0)
-    parts = triton.cdiv(num_ids, _SLICE)
-    grid = (num_rows, parts)
-    # Each starts on 16 bytes, so that Triton compiles one version of a kernel for it.
-    best, peaks, masses, *above = temperature.new_empty(3 + ROUNDS, -(-num_rows * parts // 4) * 4)
-    row_peaks, limits, pivots = temperature.new_empty(3, -(-num_rows // 4) * 4)
-    best_id = torch.empty(grid, dtype=torch.int32, device=logits.device)
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    noise = (seed_low, seed_high, positions)
-    slices = {"SLICE": _SLICE, "MAX_PARTS": triton.next_power_of_2(parts), "num_warps": 8}
-    for i in range(ROUNDS if nucleus else 1):
-        last = above[max(i - 1, 0)]
-        draw_kernel[grid](
-            *(logits, temperature, thresholds, *noise, best, best_id, peaks, masses, last, limits, pivots),
-            *(num_ids, stride, i),
-            FILTER=thresholds is not None,
-            NUCLEUS=nucleus,
-            **slices,
+    device, stride, width = logits.device, logits.stride(0), top + 1
+    assert logits.stride(1) == 1 and 0 < num_ids <= vocab_size and 0 <= width <= LARGEST_TOP_K
+    assert rows.shape == positions.shape == (num_rows,) and rows.dtype == positions.dtype == torch.int32
+    assert floats.shape[1] == columns.NUM_FLOATS and ints.shape[1] == columns.NUM_INTS
+    assert all(t.is_contiguous() for t in (rows, positions, floats, ints, tokens))
+    out = torch.empty(num_rows, max(2 * width, 1), dtype=torch.int32, device=device)
+    if num_rows == 0:
+        return out
+    full = filtered or width > 0
+    parts, groups = triton.cdiv(num_ids, _CHECKED), triton.cdiv(vocab_size, GROUP)
+    some, few = (num_rows * groups, num_rows) if full else (0, 0)  # as large as only the full kernels need
+    sizes = [num_rows * groups, some, some, some, few, few, few, few, few, few * parts]
+    bounds, group_peaks, masses, sums, row_peaks, scales, limits, pivots, log_sums, above = _pieces(
+        sizes, torch.float32, device
+    )
+    sizes = [few, few * LARGEST_TOP_K, few * (ROUNDS + 1), _NUM_COUNTS]
+    arrived, found, queues, counts = _pieces(sizes, torch.int32, device)
+    max_groups = max(LARGEST_TOP_K, triton.next_power_of_2(groups))
+    tables, dependent = (rows, positions, floats, ints), chip.dependent_launch(device)
+    fast = not triton.knobs.runtime.interpret
+    scan_kernel[(num_rows, triton.cdiv(vocab_size, SLICE))](
+        *(logits, *tables, bounds, group_peaks, masses, sums, arrived, counts),
+        *(num_ids, vocab_size, groups, width, stride),
+        FULL=full,
+        TOP=LARGEST_TOP_K,
+        SLICE=SLICE,
+        GROUP=GROUP,
+        NUM_COUNTS=_NUM_COUNTS,
+        FAST=fast,
+        num_warps=8,
+        **dependent,
+    )
+    join_kernel[(num_rows,)](
+        *(logits, *tables, thresholds, bounds, group_peaks, masses, sums),
+        *(row_peaks, scales, limits, pivots, log_sums, found, queues, counts, tokens, out),
+        *(num_ids, groups, num_rows, width, stride, tokens.stride(0)),
+        FULL=full,
+        WIDE=thresholds is not None,
+        TOP=LARGEST_TOP_K,
+        GROUP=GROUP,
+        MAX_GROUPS=max_groups,
+        SHIFT=same_bits(logits.dtype),
+        num_warps=8,
+        **dependent,
+    )
+    if not filtered:
+        return out
+    state = (*tables, bounds, group_peaks, row_peaks, scales, limits, pivots, log_sums)
+    shape: dict[str, Any] = {"SLICE": _CHECKED, "GROUP": GROUP, "MAX_GROUPS": max_groups, "FAST": fast, **dependent}
+    for stage in range(ROUNDS):
+        check_kernel[(min(num_rows * parts, _PROGRAMS_PER_SM * chip.num_sms(device)),)](
+            *(logits, *state, above, arrived, queues, counts, tokens, out),
+            *(num_ids, groups, parts, num_rows, width, stage, stride, tokens.stride(0)),
+            MAX_PARTS=triton.next_power_of_2(parts),
+            num_warps=8,
+            **shape,
         )
-        join_kernel[(num_rows,)](
-            *(logits, temperature, top_p, best, best_id, peaks, masses, last, row_peaks, limits, pivots, out),
-            *(parts, stride, i),
-            NUCLEUS=nucleus,
-            MAX_PARTS=slices["MAX_PARTS"],
-            num_warps=1,
-        )
-        if nucleus:
-            above_kernel[grid](
-                *(logits, temperature, row_peaks, limits, pivots, last, above[i], num_ids, stride, i),
-                **slices,
-            )
-    if nucleus:
-        settle_kernel[(num_rows,)](
-            *(logits, temperature, thresholds, *noise, row_peaks, limits, pivots, above[-1], out),
-            *(num_ids, parts, stride),
-            FILTER=thresholds is not None,
-            SHIFT=_same_bits(logits.dtype),
-            **slices,
-        )
+    finish_kernel[(min(num_rows, chip.num_sms(device)),)](
+        *(logits, *state, queues, counts, tokens, out),
+        *(num_ids, groups, num_rows, width, ROUNDS, stride, tokens.stride(0)),
+        num_warps=16,
+        **shape,
+    )
     return out
 
 
-def _same_bits(dtype: torch.dtype) -> int:
-    """Low bits that are alike in all values of `dtype` as fp32 (of one sign)."""
-    return {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)
+def _pieces(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of so many elements from one allocation, each on 16 bytes: Triton compiles one version of a kernel."""
+    padded = [-(-size // 4) * 4 for size in sizes]
+    return list(torch.split(torch.empty(sum(padded), dtype=dtype, device=device), padded))

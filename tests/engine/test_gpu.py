@@ -13,6 +13,8 @@ import torch
 from engine import LLM, SamplingParams
 from engine.messages import AddRequest, pack_ids
 from engine.quant.quantize import quantize
+from engine.sampling import float_row, int_row, plan_sampling, sample, unpack
+from engine.sequence import Sequence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,6 +150,52 @@ def test_steady_decode_never_waits_for_the_device(folder: Path, kind: str) -> No
     while engine.has_work:
         engine.step()
     assert engine.blocks.num_used == 0
+
+
+def test_captured_draws_equal_eager_ones(tmp_path: Path) -> None:
+    """Every mix of parameters that the graphs take, batches of their sizes and between, in bits."""
+    folder = tiny.make_checkpoint(tmp_path, "qwen3", head_dim=64, vocab_size=9000)
+    runner = LLM(folder, device="cuda", dtype="bfloat16", kv_cache_tokens=8192, max_num_seqs=40).engine.runner
+    graphs, t = runner.graphs, runner.tables
+    assert graphs is not None
+    choice = random.Random(0).choice
+    torch.manual_seed(0)
+    for size in (1, 7, 16, 33, 40):
+        for kind in range(4):
+            sequences = []
+            for row in range(size):
+                filters = {"top_p": choice([1, 0.95, 0.5]), "top_k": choice([0, 3, 20]), "min_p": choice([0, 0, 0.1])}
+                params = SamplingParams(
+                    temperature=choice([0, 0.7, 1.3]),
+                    logprobs=choice([None, 0, 5, 20]) if kind % 2 else None,
+                    **(filters if kind > 1 else {}),
+                )
+                sequences.append(Sequence(row, "bf16", [1], params, frozenset(), 77 + row, b"", [], 0.0))
+            rows, padding = torch.randperm(size), torch.zeros(40 - size, dtype=torch.int32)
+            t.ints[:size] = torch.tensor([int_row(s) for s in sequences]).cuda()
+            t.floats[:size] = torch.tensor([float_row(s.params) for s in sequences]).cuda()
+            graphs.rows.copy_(torch.cat([rows.int(), padding + 40]))
+            graphs.contexts.copy_(torch.cat([torch.arange(size).int() + 1, padding]))
+            graphs.logits.copy_(torch.randn(40, 9000) * (0.3, 5.0)[size % 2])
+            batch = [sequences[row] for row in rows.tolist()]
+            plan = plan_sampling(batch)
+            assert plan.is_usual and (plan.is_plain or kind > 0)
+            found = []
+            for captured in (True, False):
+                t.tokens.zero_()
+                if captured:
+                    sampled = graphs.draw(size, plan.is_plain)
+                else:
+                    tensors = (graphs.logits[:size], graphs.rows[:size], graphs.contexts[:size])
+                    sampled = sample(*tensors, t.floats, t.ints, t.tokens, runner.num_ids, plan)
+                tokens, ids, values = unpack(sampled.cpu(), plan)
+                found.append([tokens, t.tokens[:-1].cpu()])
+                if ids is not None and values is not None:
+                    wanted = torch.tensor([-1 if s.params.logprobs is None else s.params.logprobs for s in batch])
+                    shown = torch.arange(ids.shape[1])[None, :] <= wanted[:, None]
+                    found[-1] += [torch.where(shown, ids, 0), torch.where(shown, values, 0)]
+            for mine, its in zip(*found, strict=True):
+                assert torch.equal(mine, its)
 
 
 def test_a_variant_added_later_runs_without_graphs_and_then_with_them(folder: Path) -> None:

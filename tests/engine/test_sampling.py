@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from engine import LLM, ParameterError, SamplingParams
-from engine.kernels.reference import gumbel_noise, nucleus_thresholds
-from engine.sampling import filter_thresholds, penalise
-from engine.sequence import check_params
+from engine.kernels.reference import filter_thresholds, gumbel_noise, nucleus_thresholds
+from engine.sampling import SamplingPlan, penalise, plan_sampling, unpack
+from engine.sequence import Sequence, check_params
 
 Checkpoint = Callable[[str], Path]
 
@@ -90,6 +90,30 @@ def test_draws_follow_the_distribution(checkpoint: Checkpoint, llm: LLM) -> None
     for i in range(tiny.VOCAB):
         expected, deviation = n * p[i].item(), math.sqrt(n * p[i].item() * (1 - p[i].item()))
         assert abs(counts[i] - expected) <= 4 * deviation + 1, i
+
+
+def test_what_is_captured_and_what_comes_back() -> None:
+    """Which parameters leave the captured draws; a packed row of more logprobs than were asked for."""
+
+    def plan(**params: object) -> SamplingPlan:
+        sequence = Sequence(0, "bf16", [1], SamplingParams(**params), frozenset([2]), 1, b"", [], 0.0)  # type: ignore[arg-type]
+        sequence.num_tokens += 1
+        return plan_sampling([sequence])
+
+    assert plan(temperature=0.8).is_plain and plan(temperature=0, top_k=99).is_plain
+    for params in ({"top_p": 0.9, "logprobs": 20}, {"top_k": 64}, {"min_p": 0.1}, {"temperature": 0, "logprobs": 0}):
+        assert plan(**params).is_usual and not plan(**params).is_plain
+    for params in ({"top_k": 65}, {"logit_bias": {1: 1}}, {"min_tokens": 1}, {"presence_penalty": 1}):
+        assert not plan(**params).is_usual
+    assert not plan(logprob_token_ids=[1]).is_usual
+    values = torch.tensor([[-1.5, -0.5, -2.0, 0.0]])
+    sampled = torch.cat([torch.tensor([[7, 3, 4, 0]], dtype=torch.int32), values.view(torch.int32)], dim=1)
+    tokens, ids, shown = unpack(sampled, SamplingPlan(num_logprobs=2))
+    assert ids is not None and shown is not None
+    assert (tokens.tolist(), ids.tolist(), shown.tolist()) == ([7], [[7, 3, 4]], [[-1.5, -0.5, -2.0]])
+    assert unpack(sampled, SamplingPlan()) == (tokens, None, None)
+    named = unpack(sampled, SamplingPlan(num_logprobs=2, named=[[0]]))
+    assert named[1] is not None and named[1].tolist() == [[7, 3, 4, 0]]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

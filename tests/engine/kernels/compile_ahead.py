@@ -26,6 +26,7 @@ from engine.kernels import (
     Codes,
     KVCache,
     chip,
+    columns,
     convert,
     decode_attention,
     fused,
@@ -98,14 +99,17 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     fused.silu_mul(x)
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     inputs.decode_inputs(ints, ints, ints[None], ints[None], 16)
-    for thresholds in (None, floats):
-        for top_p in (None, floats):
-            sample.draw(torch.zeros(2, 151936, dtype=dtype), floats, thresholds, top_p, ints, ints, ints, 151669)
+    tables = torch.zeros(5, columns.NUM_FLOATS), torch.zeros(5, columns.NUM_INTS, dtype=torch.int32)
+    tokens = torch.zeros(5, 41, dtype=torch.int32)
+    for thresholds, filtered, top in ((None, False, -1), (None, True, 20), (floats, True, -1)):
+        logits = torch.zeros(2, 151936, dtype=dtype)
+        sample.draw(logits, ints, ints, *tables, tokens, 151669, thresholds, filtered, top)
     for k in (0, 5, 20, 64):
         ranking.survey(torch.zeros(2, 151936, dtype=dtype), k, 151669)
     known = len(compiled)
-    odd, floats, ints = torch.zeros(3, 151936, dtype=dtype), torch.ones(3), torch.zeros(7, dtype=torch.int32)
-    sample.draw(odd, floats, None, floats.clone(), ints[:3], ints[:3].clone(), ints[1:4], 151669)
+    odd, ints = torch.zeros(3, 151936, dtype=dtype), torch.zeros(7, dtype=torch.int32)
+    for filtered, top in ((False, -1), (False, 5), (True, -1), (True, 0)):
+        sample.draw(odd, ints[:3], ints[1:4], *tables, tokens, 151669, None, filtered, top)
     ranking.survey(odd, 5, 151669)
     assert len(compiled) == known, "a batch of another size must not need another version"
     multiply(capability, dtype)

@@ -16,6 +16,7 @@ from engine import kernels
 from engine.kernels import (
     PREFILL_TILE,
     chip,
+    columns,
     decode_attention,
     fused,
     inputs,
@@ -286,33 +287,80 @@ def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
     assert not kv_widen.widening_pays(chunk.q, chunk.cache, chunk.plan)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rounds", [0, 1, 3])  # 0: no nucleus; 1: one program a row settles most of them
-@pytest.mark.parametrize("filtered", [False, True])
-def test_draw(filtered, rounds, dtype, monkeypatch):
-    """Rows greedy and drawn, ids beyond the tokenizer, three slices and a remainder: the twin's very ids."""
-    monkeypatch.setattr(sample, "_SLICE", 64)
-    monkeypatch.setattr(sample, "ROUNDS", max(rounds, 1))
+def sampling_case(dtype):
+    """Logits, rows, positions, tables: rows greedy and drawn, with every filter and wish for logprobs, ids beyond the
+    tokenizer, ties, three slices and a remainder.
+    """
     torch.manual_seed(0)
-    logits = torch.randn(8, 240).to(dtype)
-    logits[:, 200:] = 100.0  # ids that the tokenizer does not know
+    logits = torch.randn(16, 240).to(dtype)
     logits[6, 20:] = -torch.inf  # whole slices are banned
-    temperature = torch.tensor([0.0, 1.0, 0.3, 5.0, 1e-9, 1.0, 2.0, 0.7])
-    thresholds = logits[:, :200].float().topk(20, dim=-1).values[:, -1].contiguous() if filtered else None
-    top_p = torch.tensor([0.5, 0.1, 0.95, 0.3, 0.5, 1e-6, 0.4, 1.0]) if rounds else None
-    seeds = [torch.randint(-(2**31), 2**31, (8,), dtype=torch.int32) for _ in range(2)]
-    positions = torch.arange(8, dtype=torch.int32) * 1000
-    got = sample.draw(logits, temperature, thresholds, top_p, *seeds, positions, 200)
-    assert got.tolist() == reference.draw(logits, temperature, thresholds, top_p, *seeds, positions, 200).tolist()
-    assert got.max() < 200 and got[0] == logits[0, :200].argmax()
+    logits[8] = logits[8].round()
+    logits[9] = 1.0  # all tie: more of them than are ranked
+    logits[:, 200:] = 100.0  # ids that the tokenizer does not know
+    rows = torch.randperm(16, dtype=torch.int32)
+    floats, ints = torch.zeros(17, columns.NUM_FLOATS), torch.zeros(17, columns.NUM_INTS, dtype=torch.int32)
+    f, i = torch.zeros(16, columns.NUM_FLOATS), torch.randint(-(2**31), 2**31, (16, columns.NUM_INTS)).int()
+    f[:, columns.TEMPERATURE] = torch.tensor([0, 1, 0.3, 5, 1e-9, 1, 2, 0.7, 1, 1, 0, 1, 0.8, 3, 1.5, 1])
+    f[:, columns.TOP_P] = torch.tensor([0.5, 0.1, 0.95, 0.3, 0.5, 1e-6, 0.4, 1, 0.8, 0.9, 1, 1, 0.9, 1, 0.2, 1])
+    f[:, columns.MIN_P] = torch.tensor([0, 0, 0, 0.2, 0, 0, 0, 0, 0, 0, 0, 0.1, 0.5, 0.02, 0, 1])
+    i[:, columns.TOP_K] = torch.tensor([5, 0, 0, 0, 0, 0, 0, 0, 7, 3, 0, 0, 20, 64, 50, 0])
+    i[:, columns.NUM_LOGPROBS] = torch.tensor([-1, 0, 1, 5, -1, 3, 2, -1, 5, 0, 5, 5, 1, 0, -1, 5])
+    floats[rows.long()], ints[rows.long()] = f, i
+    return logits, rows, torch.arange(16, dtype=torch.int32) * 3, floats, ints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rounds", "top"), [(0, -1), (0, 5), (1, -1), (1, 5), (3, 5)])
+def test_draw(rounds, top, dtype, monkeypatch):
+    """The twin's very ids and logprobs. rounds 0: no filters; 1: one program a row finishes most of them."""
+    monkeypatch.setattr(sample, "SLICE", 64)
+    monkeypatch.setattr(sample, "GROUP", 8)
+    monkeypatch.setattr(sample, "_CHECKED", 128)
+    monkeypatch.setattr(sample, "ROUNDS", max(rounds, 1))
+    logits, rows, positions, floats, ints = sampling_case(dtype)
+    at = rows.long()
+    if rounds == 0:
+        floats[:, columns.TOP_P], floats[:, columns.MIN_P], ints[:, columns.TOP_K] = 1, 0, 0
+    tokens, expected_tokens = torch.zeros(2, 17, 50, dtype=torch.int32).unbind(0)
+    got = sample.draw(logits, rows, positions, floats, ints, tokens, 200, None, rounds > 0, top)
+    filters = (64, True) if rounds else (0, False)
+    want = reference.draw(logits, rows, positions, floats, ints, expected_tokens, 200, *filters, top)
+    assert got[:, 0].tolist() == want[:, 0].tolist()
+    assert torch.equal(tokens, expected_tokens) and tokens[at, positions.long()].tolist() == got[:, 0].tolist()
+    assert got[:, 0].max() < 200 and got[0, 0] == logits[0, :200].argmax()
+    for row in range(16 if top >= 0 else 0):
+        wanted = int(ints[at[row], columns.NUM_LOGPROBS])
+        (ids, values), (_, best) = got[row].chunk(2), want[row].chunk(2)
+        values, best = values[: 1 + wanted].view(torch.float32), best[: 1 + wanted].view(torch.float32)
+        torch.testing.assert_close(values, best, **FP32_TOLERANCE)
+        if wanted > 0:
+            assert torch.equal(
+                logits[row].float()[ids[1 : 1 + wanted].long()], logits[row, :200].float().topk(wanted)[0]
+            )
+            assert len(set(ids[1 : 1 + wanted].tolist())) == wanted
+
+
+def test_draw_beyond_what_is_ranked(monkeypatch):
+    """A top-k of 100 among rows with less: its edge is given."""
+    monkeypatch.setattr(sample, "SLICE", 64)
+    monkeypatch.setattr(sample, "GROUP", 8)
+    monkeypatch.setattr(sample, "_CHECKED", 128)
+    logits, rows, positions, floats, ints = sampling_case(torch.float32)
+    at, tokens = rows.long(), torch.zeros(17, 50, dtype=torch.int32)
+    ints[at[::3], columns.TOP_K] = torch.tensor([65, 100, 199, 70, 90, 300], dtype=torch.int32)
+    ordered = logits[:, :200].float().topk(200).values
+    thresholds = reference.filter_thresholds(ordered, floats[at], ints[at, columns.TOP_K])
+    got = sample.draw(logits, rows, positions, floats, ints, tokens, 200, thresholds, True, -1)
+    want = reference.draw(logits, rows, positions, floats, ints, tokens, 200, 300, True, -1)
+    assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [0, 1, 8, 20])
 def test_survey(k, dtype, monkeypatch):
     """Slices whose groups end within them, ties, a banned slice, ids that the tokenizer does not know."""
-    monkeypatch.setattr(ranking, "_SLICE", 64)
-    monkeypatch.setattr(ranking, "_GROUP", 8)
+    monkeypatch.setattr(ranking, "SLICE", 64)
+    monkeypatch.setattr(ranking, "GROUP", 8)
     torch.manual_seed(0)
     logits = torch.randn(4, 240).to(dtype)
     logits[:, 203:] = 9.0
@@ -325,3 +373,6 @@ def test_survey(k, dtype, monkeypatch):
     assert torch.equal(values, expected)
     assert torch.equal(logits.float().gather(1, ids), values) and ids.numel() == 4 * k
     assert all(len(set(row)) == k for row in ids[:3].tolist()) and (k == 0 or ids.max() < 203)
+    for row in range(3):  # of equal ones the first
+        order = sorted(range(203), key=lambda i: (-logits[row, i].item(), i))
+        assert ids[row].tolist() == order[:k]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import reference
+from engine.kernels import columns, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,34 +17,83 @@ pytestmark = [
 VOCAB, NUM_IDS = 151936, 151669
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_to_chance() -> Iterator[None]:
+    """Memory that was not written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def some(values: list[float], rows: int) -> torch.Tensor:
+    return torch.tensor(values, device="cuda")[torch.randint(len(values), (rows,), device="cuda")]
+
+
+def sampling_case(rows: int, spread: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Logits, rows, positions, tables, with every mix of parameters."""
+    logits = (torch.randn(rows, VOCAB, device="cuda") * spread).to(dtype)
+    logits[3, 2000:] = -torch.inf
+    logits[5] = 1.0  # all tie
+    at = torch.randperm(rows + 3, device="cuda")[:rows].int()
+    floats = torch.zeros(rows + 3, columns.NUM_FLOATS, device="cuda")
+    ints = torch.randint(-(2**31), 2**31, (rows + 3, columns.NUM_INTS), device="cuda").int()
+    floats[:, columns.TEMPERATURE] = some([0.6, 1.0, 0.3, 2.0, 0.01, 0.0], rows + 3)
+    floats[:, columns.TOP_P] = some([0.05, 0.5, 0.9, 0.95, 0.999, 1.0], rows + 3)
+    floats[:, columns.MIN_P] = some([0.0, 0.0, 0.0, 0.1], rows + 3)
+    ints[:, columns.TOP_K] = some([0, 0, 1, 5, 20, 64], rows + 3)
+    ints[:, columns.NUM_LOGPROBS] = some([-1, 0, 1, 5, 20], rows + 3)
+    return logits, at, torch.arange(rows, device="cuda").int(), floats, ints
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spread", [0.9, 6.0])  # a nucleus of most ids; one of a few
-@pytest.mark.parametrize("filtered", [False, True])
-def test_draws_from_the_nucleus(dtype: torch.dtype, spread: float, filtered: bool) -> None:
-    """The twin's ids. Sums and logs round differently: a row may differ whose id lies on the edge of the nucleus."""
+@pytest.mark.parametrize("filtered", ["no", "yes", "wide"])  # wide: a top-k beyond what the kernels rank
+@pytest.mark.parametrize("top", [-1, 20])
+def test_draw(dtype: torch.dtype, spread: float, filtered: str, top: int) -> None:
+    """The twin's ids. Sums and logs round differently: a row may differ whose id lies on the edge of what is kept, or
+    of which two scores nearly tie.
+    """
     torch.manual_seed(0)
-    rows = 96
-    logits = (torch.randn(rows, VOCAB, device="cuda") * spread).to(dtype)
-    top_p = torch.tensor([0.05, 0.5, 0.9, 0.95, 0.999, 1.0], device="cuda").repeat(rows // 6)
-    temperature = torch.tensor([0.6, 1.0, 0.3, 2.0], device="cuda").repeat_interleave(rows // 4)
-    temperature[::13] = 0
-    thresholds = logits.float().topk(500).values[:, -1].contiguous() if filtered else None
-    seeds = torch.randint(-(2**31), 2**31, (2, rows), dtype=torch.int32, device="cuda")
-    positions = torch.arange(rows, dtype=torch.int32, device="cuda")
-    args = (logits, temperature, thresholds, top_p, *seeds, positions, NUM_IDS)
+    rows, width, nucleus = 200, 64, True
+    logits, at, positions, floats, ints = sampling_case(rows, spread, dtype)
+    if filtered == "no":
+        floats[:, columns.TOP_P], floats[:, columns.MIN_P], ints[:, columns.TOP_K] = 1, 0, 0
+        width, nucleus = 0, False
+    elif filtered == "wide":
+        ints[::3, columns.TOP_K] = width = 500
+    tables = torch.zeros(2, rows + 3, 300, dtype=torch.int32, device="cuda")
+    args = (NUM_IDS, width, nucleus, top)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = kernels.draw(*args)
+        got = kernels.draw(logits, at, positions, floats, ints, tables[0], *args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    same = got == reference.draw(*args)
+    want = reference.draw(logits, at, positions, floats, ints, tables[1], *args)
+    tokens, where = got[:, 0].long(), at.long()
+    same = got[:, 0] == want[:, 0]
     assert same.float().mean() >= 0.97, same
+    assert torch.equal(tables[0][where, positions.long()], got[:, 0])
+    assert int((tables[0] != 0).sum()) <= rows
+    t, p, k = floats[where, columns.TEMPERATURE], floats[where, columns.TOP_P], ints[where, columns.TOP_K]
     known = logits[:, :NUM_IDS].double()
-    mass = (known / temperature.clamp(min=1e-5).double()[:, None]).softmax(-1)
-    chosen = known.gather(1, got[:, None])
+    chosen = known.gather(1, tokens[:, None])
+    mass = (known / t.clamp(min=1e-5).double()[:, None]).softmax(-1)
     above = torch.where(known > chosen, mass, 0).sum(-1)
-    checked = (temperature > 0) & (top_p < 1)
-    assert (above[checked] < top_p[checked] + 1e-5).all()
+    checked = (t > 0) & (p < 1) & (k <= 0)
+    assert (above[checked] < p[checked] + 1e-5).all()
+    ranked = (t > 0) & (k > 0)
+    assert ((known > chosen).sum(-1) < k)[ranked].all()
+    assert (chosen[:, 0] == known.max(-1).values)[t == 0].all()
+    if top < 0:
+        return
+    (ids, values), (best, _) = got.chunk(2, dim=1), want.chunk(2, dim=1)
+    expected = logits.float().log_softmax(-1)
+    for row, wanted in enumerate(ints[where, columns.NUM_LOGPROBS].tolist()):
+        shown = ids[row, : 1 + wanted].long()
+        logprobs = values[row, : 1 + wanted].view(torch.float32)
+        torch.testing.assert_close(logprobs, expected[row, shown], atol=2e-4, rtol=1e-5)
+        assert torch.equal(logits[row, shown[1:]], logits[row, best[row, 1 : 1 + wanted].long()])
+        assert len(set(shown[1:].tolist())) == max(wanted, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
