@@ -152,6 +152,7 @@ def test_steady_decode_never_waits_for_the_device(folder: Path, kind: str) -> No
     assert engine.blocks.num_used == 0
 
 
+@torch.inference_mode()
 def test_captured_draws_equal_eager_ones(tmp_path: Path) -> None:
     """Every mix of parameters that the graphs take, batches of their sizes and between, in bits."""
     folder = tiny.make_checkpoint(tmp_path, "qwen3", head_dim=64, vocab_size=9000)

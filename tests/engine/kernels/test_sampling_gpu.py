@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,14 +13,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels need one"),
 ]
 VOCAB, NUM_IDS = 151936, 151669
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_to_chance() -> Iterator[None]:
-    """Memory that was not written holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def some(values: list[float], rows: int) -> torch.Tensor:
@@ -63,11 +53,13 @@ def test_draw(dtype: torch.dtype, spread: float, filtered: str, top: int) -> Non
         ints[::3, columns.TOP_K] = width = 500
     tables = torch.zeros(2, rows + 3, 300, dtype=torch.int32, device="cuda")
     args = (NUM_IDS, width, nucleus, top)
+    torch.use_deterministic_algorithms(filtered != "wide")  # memory that was not written holds NaN
     torch.cuda.set_sync_debug_mode("error")
     try:
         got = kernels.draw(logits, at, positions, floats, ints, tables[0], *args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
     want = reference.draw(logits, at, positions, floats, ints, tables[1], *args)
     tokens, where = got[:, 0].long(), at.long()
     same = got[:, 0] == want[:, 0]
