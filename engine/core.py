@@ -371,6 +371,8 @@ def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> E
         raise ModelError(
             f"max_model_len {config.max_model_len} is beyond the checkpoint's {model_config.max_position_embeddings}"
         )
+    if on_gpu and (config.block_size < 16 or config.block_size & (config.block_size - 1)):
+        raise ModelError(f"block_size {config.block_size}: on a GPU it must be a power of two, at least 16")
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     return msgspec.structs.replace(
         config,

@@ -154,7 +154,9 @@ class ServerSettings(BaseSettings):
     max_num_batched_tokens: int = _option(
         0, "Memory and batching", "token budget of one step; 0: 8192 on a GPU, 2048 on a CPU", "TOKENS", ge=0
     )
-    block_size: int = _option(16, "Memory and batching", "tokens in one block of the KV pool", "TOKENS", ge=1)
+    block_size: int = _option(
+        16, "Memory and batching", "tokens in one block of the KV pool; on a GPU 16, 32, 64 …", "TOKENS", ge=1
+    )
     kv_cache_tokens: int = _option(
         0, "Memory and batching", "size of the KV pool; 0: what fits a GPU, 1 GiB on a CPU", "TOKENS", ge=0
     )

@@ -129,6 +129,10 @@ def test_the_engines_defaults_are_completed_once() -> None:
         complete(EngineConfig(model="m", device="cpu", variants=("bf16", "bf16")), model, False)
     with pytest.raises(ModelError, match="513"):
         complete(EngineConfig(model="m", device="cpu", max_model_len=513), model, False)
+    for size in (8, 24):
+        assert complete(EngineConfig(model="m", block_size=size), model, False).block_size == size
+        with pytest.raises(ModelError, match=f"block_size {size}"):
+            complete(EngineConfig(model="m", block_size=size), model, True)
 
 
 def test_every_field_of_a_saved_config_is_read(tmp_path: Path) -> None:
