@@ -57,7 +57,6 @@ def test_kernels_compile_and_fit(capability: int, dtype: str, ahead: Wait):
         "silu_mul_kernel",
         "check_kernel",
         "finish_kernel",
-        "redraw_kernel",
         "scan_kernel",
         "pick_kernel",
         "silu_mul_quantize_kernel",
