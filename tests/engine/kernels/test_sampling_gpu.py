@@ -60,12 +60,29 @@ def test_draw(dtype: torch.dtype, spread: float, filtered: str, top: int) -> Non
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.use_deterministic_algorithms(False)
-    want = reference.draw(logits, at, positions, floats, ints, tables[1], *args)
-    tokens, where = got[:, 0].long(), at.long()
-    same = got[:, 0] == want[:, 0]
-    assert same.float().mean() >= 0.97, same
-    assert torch.equal(tables[0][where, positions.long()], got[:, 0])
+    assert torch.equal(tables[0][at.long(), positions.long()], got[:, 0])
     assert int((tables[0] != 0).sum()) <= rows
+    # in parts: whole, the twin and what follows take gigabytes
+    same = [
+        as_the_twin(logits[i], at[i], positions[i], floats, ints, tables[1], got[i], args)
+        for i in (slice(first, first + 40) for first in range(0, rows, 40))
+    ]
+    assert sum(same) >= 0.97 * rows, same
+
+
+def as_the_twin(
+    logits: torch.Tensor,
+    at: torch.Tensor,
+    positions: torch.Tensor,
+    floats: torch.Tensor,
+    ints: torch.Tensor,
+    table: torch.Tensor,
+    got: torch.Tensor,
+    args: tuple[int, int, bool, int],
+) -> int:
+    """Asserts what must hold of every row; how many ids are the twin's."""
+    want, top = reference.draw(logits, at, positions, floats, ints, table, *args), args[3]
+    tokens, where = got[:, 0].long(), at.long()
     t, p, k = floats[where, columns.TEMPERATURE], floats[where, columns.TOP_P], ints[where, columns.TOP_K]
     known = logits[:, :NUM_IDS].double()
     chosen = known.gather(1, tokens[:, None])
@@ -76,8 +93,9 @@ def test_draw(dtype: torch.dtype, spread: float, filtered: str, top: int) -> Non
     ranked = (t > 0) & (k > 0)
     assert ((known > chosen).sum(-1) < k)[ranked].all()
     assert (chosen[:, 0] == known.max(-1).values)[t == 0].all()
+    same = int((got[:, 0] == want[:, 0]).sum())
     if top < 0:
-        return
+        return same
     (ids, values), (best, _) = got.chunk(2, dim=1), want.chunk(2, dim=1)
     expected = logits.float().log_softmax(-1)
     for row, wanted in enumerate(ints[where, columns.NUM_LOGPROBS].tolist()):
@@ -86,6 +104,7 @@ def test_draw(dtype: torch.dtype, spread: float, filtered: str, top: int) -> Non
         torch.testing.assert_close(logprobs, expected[row, shown], atol=2e-4, rtol=1e-5)
         assert torch.equal(logits[row, shown[1:]], logits[row, best[row, 1 : 1 + wanted].long()])
         assert len(set(shown[1:].tolist())) == max(wanted, 0)
+    return same
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
