@@ -49,6 +49,21 @@ def choose_as(name: str) -> None:
     capability.cache_clear()
 
 
+def runs_gluon(device: torch.device) -> bool:
+    """Whether the kernels in Gluon are taken: they are written for the tensor cores of sm_90, which no other chip has,
+    and in a part of Triton that is experimental, and changes.
+    """
+    return capability(device) == (9, 0) and _can_run_gluon(device)
+
+
+@cache
+def _can_run_gluon(device: torch.device) -> bool:
+    import triton  # not wherever the twins run
+
+    present = device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    return present and triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+
+
 @cache
 def num_sms(device: torch.device) -> int:
     """Multiprocessors; 1 without a GPU."""

@@ -229,13 +229,7 @@ def _bulk(x: Tensor, w: Tensor, width: int) -> bool:
 def takes_bulk(device: torch.device, dtype: torch.dtype, width: int, depth: int) -> bool:
     """Whether this chip has bulk tiles, and they take such operands: 8 or 16 bits, and rows of whole 16 bytes."""
     fits = dtype.itemsize <= 2 and depth * dtype.itemsize % 16 == 0 and width % 8 == 0
-    return fits and chip.capability(device) == (9, 0) and _gluon()
-
-
-@cache
-def _gluon() -> bool:
-    """Whether this Triton's Gluon is one that `hopper_matmul.py` is written in; it is experimental, and changes."""
-    return triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+    return fits and chip.runs_gluon(device)
 
 
 def weight_only_matmul(

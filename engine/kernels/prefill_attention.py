@@ -55,11 +55,8 @@ def choose_tile(dtype: torch.dtype, kind: str, capability: tuple[int, int]) -> T
 
 
 def is_asynchronous(q: Tensor, kind: str) -> bool:
-    """Whether `prefill_hopper` takes these. sm_90 alone has its products, and Triton before 3.6 cannot write them."""
-    if chip.capability(q.device) != (9, 0) or kind or q.dtype != torch.bfloat16:
-        return False
-    present = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) == (9, 0)
-    return present and [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 6]
+    """Whether `prefill_hopper` takes these."""
+    return not kind and q.dtype == torch.bfloat16 and chip.runs_gluon(q.device)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine.config import ModelError
 from engine.kernels import chip
@@ -27,3 +28,22 @@ def test_fusing_can_be_turned_off(value: str | None, fuses: bool, monkeypatch: p
     if value is not None:
         monkeypatch.setenv(chip.FUSE, value)
     assert chip.fuses.__wrapped__() == fuses  # what is under the cache
+
+
+def test_gluon_is_for_one_chip_and_the_versions_of_triton_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed (Linux only)")
+    cpu = torch.device("cpu")
+    assert not chip.runs_gluon(cpu)
+    for capability, version, runs in (
+        ((9, 0), "3.6.0", True),
+        ((9, 0), "3.7.1+git", True),
+        ((9, 0), "3.5.1", False),
+        ((9, 0), "3.60.0", False),
+        ((8, 9), "3.6.0", False),
+        ((10, 0), "3.6.0", False),
+    ):
+        monkeypatch.setattr(chip, "capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(triton, "__version__", version)
+        chip._can_run_gluon.cache_clear()
+        assert chip.runs_gluon(cpu) == runs, (capability, version)
+    chip._can_run_gluon.cache_clear()
