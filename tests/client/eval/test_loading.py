@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ def test_a_dry_run_loads_nothing(stub: Stub, tmp_path: Path, capsys: pytest.Capt
     assert lines[0] == "Held by the server: bf16, q." and lines[1].startswith(
         "To be loaded, in this order: int8-tensor,"
     )
-    assert lines[2] == "  together: int8-tensor" and lines[-1].startswith("About 0 minutes")
+    assert lines[2] == "  together: int8-tensor"
+    assert re.match(r"About \d+ minutes at the pace of a probe", lines[-1])  # this machine's
     assert any(line.split()[:2] == ["mmlu-direct", str(8 * 30)] for line in lines)
     assert room.log == [] and not (tmp_path / "r").exists()
 
