@@ -83,6 +83,37 @@ def _next_item(turn, num_items, plan, HKV: gl.constexpr, PADDED: gl.constexpr, T
 
 
 @gluon.jit
+def _fetch_tile(
+    desc,
+    pieces,
+    full,
+    stage,
+    blocks,
+    at,
+    whole,
+    shift,
+    kv_head,
+    BLOCK_SIZE: gl.constexpr,
+    D: gl.constexpr,
+    PIECE: gl.constexpr,
+):
+    """One tile of keys, or of values, from position `at` on."""
+    HALVES: gl.constexpr = D // _HALF
+    PIECES: gl.constexpr = _KEYS // PIECE
+    mbarrier.expect(full.index(stage), _KEYS * D * 2)
+    for i in gl.static_range(PIECES):
+        position = at + i * PIECE
+        row = position % BLOCK_SIZE - gl.where(position >= whole, shift, 0)
+        for half in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(
+                desc,
+                [blocks[i], row, kv_head * D + half * _HALF],
+                full.index(stage),
+                pieces.index((stage * HALVES + half) * PIECES + i),
+            )
+
+
+@gluon.jit
 def _fetch(
     descriptors,
     pieces,
@@ -133,30 +164,10 @@ def _fetch(
                 blocks = blocks + (block,)  # noqa: RUF005 (Gluon knows no star)
             stage = step % _STAGES
             mbarrier.wait(empty.index(stage), step // _STAGES % 2 ^ 1)
-            mbarrier.expect(k_full.index(stage), _KEYS * D * 2)
-            for i in gl.static_range(PIECES):
-                position = at + i * PIECE
-                row = position % BLOCK_SIZE - gl.where(position >= whole, shift, 0)
-                for half in gl.static_range(HALVES):
-                    tma.async_copy_global_to_shared(
-                        k_desc,
-                        [blocks[i], row, kv_head * D + half * _HALF],
-                        k_full.index(stage),
-                        k_pieces.index((stage * HALVES + half) * PIECES + i),
-                    )
+            _fetch_tile(k_desc, k_pieces, k_full, stage, blocks, at, whole, shift, kv_head, BLOCK_SIZE, D, PIECE)
             # A step frees its keys, and the values of the step before.
             mbarrier.wait(empty.index((step + 1) % _STAGES), (step + 1) // _STAGES % 2 ^ 1)
-            mbarrier.expect(v_full.index(stage), _KEYS * D * 2)
-            for i in gl.static_range(PIECES):
-                position = at + i * PIECE
-                row = position % BLOCK_SIZE - gl.where(position >= whole, shift, 0)
-                for half in gl.static_range(HALVES):
-                    tma.async_copy_global_to_shared(
-                        v_desc,
-                        [blocks[i], row, kv_head * D + half * _HALF],
-                        v_full.index(stage),
-                        v_pieces.index((stage * HALVES + half) * PIECES + i),
-                    )
+            _fetch_tile(v_desc, v_pieces, v_full, stage, blocks, at, whole, shift, kv_head, BLOCK_SIZE, D, PIECE)
             step += 1
         item += 1
         turn, kv_head, sequence, start, _, first, _, end = _next_item(turn, num_items, plan, HKV, PADDED, TILE)
