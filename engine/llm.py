@@ -185,13 +185,15 @@ class LLM:
     def _run(
         self, requests: Iterable[tuple[AddRequest, list[int]]], outputs: dict[int, _Output], bar: tqdm[Any]
     ) -> None:
-        """Steps begin once there are prompts for a whole one, so that the device does not wait for the last prompt."""
-        num_waiting = 0
+        """The first step begins once there are prompts for a whole one, so that the device does not wait for the last
+        prompt; the others wait, so that a bad prompt is refused before anything was long computed.
+        """
+        num_tokens, begun = 0, False
         for request, ids in requests:
             self.engine.add(request, ids)
-            num_waiting += len(ids)
-            if num_waiting >= self.engine.config.max_num_batched_tokens:
-                num_waiting = 0
+            num_tokens += len(ids)
+            if not begun and num_tokens >= self.engine.config.max_num_batched_tokens:
+                begun = True
                 bar.update(self._take(self.engine.step(), outputs))
         while self.engine.has_work:
             bar.update(self._take(self.engine.step(), outputs))

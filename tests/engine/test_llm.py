@@ -75,7 +75,7 @@ def test_bad_requests_are_refused_before_anything_runs(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def test_steps_begin_before_the_last_prompt_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_step_begins_before_the_last_prompt_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     """And objects that were there before are frozen meanwhile, unless they were already."""
     llm = LLM(POCKET, variants=["bf16"], max_num_batched_tokens=64, max_num_seqs=8, kv_cache_tokens=2048, num_threads=1)
     alone = [llm.generate([[i] * 24], GREEDY, use_tqdm=False)[0]["token_ids"] for i in range(8)]
@@ -96,7 +96,12 @@ def test_steps_begin_before_the_last_prompt_is_added(monkeypatch: pytest.MonkeyP
     assert gc.get_freeze_count() == 0
     together = llm.generate([[i] * 24 for i in range(8)], GREEDY, use_tqdm=False)
     assert [o["token_ids"] for o in together] == alone
-    assert calls[:9] == ["add", "add", "add", "step", "add", "add", "add", "step", "add"]
+    assert calls[:10] == ["add", "add", "add", "step", *["add"] * 5, "step"]
+    assert gc.get_freeze_count() == 0
+    calls.clear()
+    with pytest.raises(ParameterError, match="vocabulary"):
+        llm.generate([*([i] * 24 for i in range(8)), [10_000_000]], GREEDY, use_tqdm=False)
+    assert calls.count("step") == 1 and not llm.engine.has_work and llm.engine.blocks.num_used == 0
     assert gc.get_freeze_count() == 0
     gc.freeze()
     try:
