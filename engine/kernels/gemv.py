@@ -13,6 +13,7 @@ where `silu_mul` of the product would be.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -72,6 +73,7 @@ def _finish(
 @triton.jit
 def gemv_kernel(
     x,
+    x_scale,
     w,
     w_scale,
     bias,
@@ -80,6 +82,7 @@ def gemv_kernel(
     num_groups,
     K: tl.constexpr,
     SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -106,7 +109,10 @@ def gemv_kernel(
     following = _load(w_tile + tile.to(tl.int64) * ADVANCE, k, True, K, BLOCK_K)
     if PDL:
         gdc_wait()
-    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    value = widen(tl.load(x + k, mask=k < K, other=0.0), tl.float32)
+    if X_SCALED:
+        part = tl.arange(0, PARTS)
+        value *= tl.load(x_scale + part, mask=part < num_groups, other=0.0)[:, None]
     if WALK:
         step, num_tiles = tl.num_programs(0), N // OUTPUTS
         while tile < num_tiles:
@@ -132,12 +138,15 @@ def gemv(
     *,
     gated: bool = False,
     out: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x[1, K] @ w[N, K].T -> [1, N]: `linear` where scale is None, else `weight_only_matmul`; gated: `silu_mul` of it,
-    [1, N / 2].
+    """x[1, K] @ w[N, K].T -> [1, N]: `linear` where scale is None, else `weight_only_matmul`, or, with an x_scale of
+    each group and the dtype of what comes out, `w8a8_matmul`; gated: `silu_mul` of it, [1, N / 2].
     """
     width, depth = w.shape
     assert x.shape == (1, depth) and x.is_contiguous() and w.is_contiguous()
+    assert x_scale is None or group_size
     found = tuned.choices(x.device).get(tuned.gemv_key(w.itemsize, width, depth))
     size, num_warps, programs = found or TILES[w.itemsize]
     block_k = triton.next_power_of_2(depth)
@@ -146,11 +155,12 @@ def gemv(
         assert width % 2 == 0
         width //= 2
     if out is None:
-        out = x.new_empty(1, width)
+        out = x.new_empty(1, width, dtype=dtype)
     tiles, most = triton.cdiv(width, outputs), programs * chip.num_sms(x.device)
     walk = width % outputs == 0 and 0 < most < tiles
     gemv_kernel[(most if walk else tiles,)](
-        x,
+        codes(x),
+        x if x_scale is None else x_scale,
         codes(w),
         x if scale is None else scale,
         x if bias is None else bias,
@@ -159,6 +169,7 @@ def gemv(
         1 if scale is None else scale.shape[1],
         K=depth,
         SCALED=scale is not None,
+        X_SCALED=x_scale is not None,
         GROUP=group_size,
         BIAS=bias is not None,
         GATED=gated,

@@ -10,6 +10,10 @@ when that of the next step has begun.
 The weight is the left operand, as the tensor cores want 64 rows of that: out.T is computed, and turned on its way out
 through shared memory, from where the copy engine stores it. Inputs that are split over programs, and digits, are as in
 `matmul.py`. A gated product multiplies the same rows by the weights of gate and of up, and stores silu(gate) * up.
+
+Where groups of inputs have scales, a step is of one group, or of a part of it, and has a sum of its own; two of them
+alternate, so that the tensor cores work on one while the other is scaled and added up in fp32. The scales of a step's
+weights are loaded while the step before is added, those of all rows at the beginning, into shared memory.
 """
 
 # Gluon is untyped: a jitted function has no Python types.
@@ -26,6 +30,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -38,7 +43,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
 from engine.kernels.convert import LOW_FP8, LOW_INT8
-from engine.kernels.tiles import DIGITS, PLAIN, Tile
+from engine.kernels.tiles import DIGITS, PLAIN, W8A8, Tile
 
 
 @gluon.jit
@@ -54,7 +59,43 @@ def _fetch_rows(x_desc, x_bufs, bars, slot, m, k, more):
     tma.async_copy_global_to_shared(x_desc, [m, k], bars.index(slot), x_bufs.index(slot), pred=more)
 
 
-@gluon.jit(do_not_specialize=["R", "num_splits"])
+@gluon.jit
+def _following(slot, phase, STAGES: gl.constexpr):
+    """The buffer of the step after, and the phase of its barrier."""
+    slot += 1
+    phase = gl.where(slot == STAGES, phase ^ 1, phase)
+    return gl.where(slot == STAGES, 0, slot), phase
+
+
+@gluon.jit
+def _multiply_step(w_bufs, x_bufs, bars, slot, phase, none):
+    """The sum of one step, begun once its weights and rows are there."""
+    mbarrier.wait(bars.index(slot), phase)
+    rows = x_bufs.index(slot).permute((1, 0))
+    return warpgroup_mma(w_bufs.index(slot), rows, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _load_scales(w_scale, n, group, N, num_groups):
+    """Of one group of the inputs of n; zeros past the edges."""
+    return gl.load(w_scale + n * num_groups + group, mask=(n < N) & (group < num_groups), other=0.0)
+
+
+@gluon.jit
+def _add_scaled(acc, part, w_scales, x_scales, KIND: gl.constexpr):
+    """acc[BLOCK_N, ROWS] += a step's sum * its scales. Of digits: in units of the low one in INT8, where the sum of up
+    to 512 inputs is exact, else of the high one.
+    """
+    if KIND == DIGITS:
+        high, low = gl.split(gl.reshape(part, [acc.shape[0], acc.shape[1], 2]))
+        value = (high * 254 + low).to(gl.float32) if part.dtype == gl.int32 else high + low * LOW_FP8
+        acc += value * w_scales[:, None]
+    else:
+        acc += part.to(gl.float32) * (w_scales[:, None] * x_scales[None, :])
+    return acc
+
+
+@gluon.jit(do_not_specialize=["R", "num_groups", "num_splits"])
 def hopper_matmul_kernel(
     x_desc,
     w_desc,
@@ -67,8 +108,11 @@ def hopper_matmul_kernel(
     R,
     N,
     K,
+    num_groups,
     num_splits,
     KIND: gl.constexpr,
+    GROUP: gl.constexpr,
+    ROOM: gl.constexpr,
     GATED: gl.constexpr,
     BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -78,8 +122,8 @@ def hopper_matmul_kernel(
     WARPS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    # R is x's rows, two for each of out where they are digits. N is out's columns. Programs of the same weights are
-    # neighbours.
+    # R is x's rows, two for each of out where they are digits. N is out's columns. ROOM: groups that a program's rows
+    # have scales of. Programs of the same weights are neighbours.
     if PDL:
         gdc_launch_dependents()
     BITS: gl.constexpr = x_desc.dtype.primitive_bitwidth
@@ -87,9 +131,11 @@ def hopper_matmul_kernel(
     num_m = gl.cdiv(R, BLOCK_M)
     tile, split = gl.program_id(0), gl.program_id(1)
     first_m, first_n = (tile % num_m) * BLOCK_M, (tile // num_m) * BLOCK_N
-    per_split = gl.cdiv(gl.cdiv(K, BLOCK_K), num_splits)
+    PAIR: gl.constexpr = 2 if GROUP else 1  # with groups an even number of steps, the last perhaps of zeros
+    num_steps = gl.cdiv(gl.cdiv(K, BLOCK_K), PAIR) * PAIR
+    per_split = gl.cdiv(num_steps, num_splits * PAIR) * PAIR
     first_k = split * per_split * BLOCK_K
-    count = gl.minimum(per_split, gl.cdiv(K - first_k, BLOCK_K))  # 0 or less: a part of no inputs
+    count = gl.minimum(per_split, num_steps - split * per_split)  # 0 or less: a part of no inputs
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
     up_bufs = w_bufs
     if GATED:
@@ -102,11 +148,7 @@ def hopper_matmul_kernel(
     for i in gl.static_range(STAGES):
         k = first_k + i * BLOCK_K
         _fetch_weights(w_desc, w_bufs, up_bufs, bars, i, first_n, N + first_n, k, i < count, GATED, BYTES)
-    if PDL:
-        gdc_wait()
-    for i in gl.static_range(STAGES):
-        _fetch_rows(x_desc, x_bufs, bars, i, first_m, first_k + i * BLOCK_K, i < count)
-
+    ROWS: gl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
     ALONG_N: gl.constexpr = WARPS if BLOCK_N >= 16 * WARPS else BLOCK_N // 16  # warps; the others take other rows
     N_MOST: gl.constexpr = 128 if x_desc.dtype == gl.int8 else 256
     N_EACH: gl.constexpr = min(BLOCK_M // (WARPS // ALONG_N), N_MOST)
@@ -115,33 +157,79 @@ def hopper_matmul_kernel(
         warps_per_cta=[ALONG_N, WARPS // ALONG_N],
         instr_shape=[16, N_EACH, 256 // BITS],
     )
-    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if x_desc.dtype == gl.int8 else gl.float32, MMA)
-    up = acc
-    slot, phase = 0, 0
-    for i in range(0, count):
-        mbarrier.wait(bars.index(slot), phase)
-        rows = x_bufs.index(slot).permute((1, 0))
-        running = warpgroup_mma(w_bufs.index(slot), rows, acc, is_async=True)
-        if GATED:
-            running_up = warpgroup_mma(up_bufs.index(slot), rows, up, is_async=True)
-            acc, up = warpgroup_mma_wait(2, deps=[running, running_up])
-        else:
-            acc = warpgroup_mma_wait(1, deps=[running])
-        # The product of the step before is done: its buffer is free.
-        done, k = gl.where(slot == 0, STAGES, slot) - 1, first_k + (i - 1 + STAGES) * BLOCK_K
-        more = (i > 0) & (i - 1 + STAGES < count)
-        _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, N + first_n, k, more, GATED, BYTES)
-        _fetch_rows(x_desc, x_bufs, bars, done, first_m, k, more)
-        slot += 1
-        phase = gl.where(slot == STAGES, phase ^ 1, phase)
-        slot = gl.where(slot == STAGES, 0, slot)
-    acc, up = warpgroup_mma_wait(0, deps=[acc, up])
+    none = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if x_desc.dtype == gl.int8 else gl.float32, MMA)
+    if GROUP:
+        total = none.to(gl.float32)
+        if KIND == DIGITS:
+            total, _ = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
+        SUMS: gl.constexpr = total.type.layout
+        output, first_group = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS)), first_k // GROUP
+        even_scales = _load_scales(w_scale, output, first_group, N, num_groups)
+        odd_scales = _load_scales(w_scale, output, (first_k + BLOCK_K) // GROUP, N, num_groups)
+    if PDL:
+        gdc_wait()
+    for i in gl.static_range(STAGES):
+        _fetch_rows(x_desc, x_bufs, bars, i, first_m, first_k + i * BLOCK_K, i < count)
 
-    total = acc.to(gl.float32)
-    ROWS: gl.constexpr = BLOCK_M // 2 if KIND == DIGITS else BLOCK_M
+    slot, phase = 0, 0
+    if GROUP:
+        TURNED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        pieces = gl.allocate_shared_memory(gl.float32, [ROOM // 16, 16, BLOCK_M], TURNED)
+        x_scales = pieces._reinterpret(gl.float32, [ROOM, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        if KIND == W8A8:
+            EACH: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, WARPS], [0, 1])
+            row = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, EACH))[None, :]
+            for i in gl.static_range(ROOM // 16):
+                group = first_group + 16 * i + gl.arange(0, 16, gl.SliceLayout(1, EACH))[:, None]
+                exists = (row < R) & (group < num_groups)
+                async_copy.async_copy_global_to_shared(pieces.index(i), x_scale + row * num_groups + group, exists)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            debug_barrier()
+        ACROSS: gl.constexpr = gl.SliceLayout(0, SUMS)
+        for i in range(0, count, 2):
+            k, done = first_k + i * BLOCK_K, slot
+            even = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
+            slot, phase = _following(slot, phase, STAGES)
+            odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
+            part = warpgroup_mma_wait(1, deps=[even])
+            more, ahead = i + STAGES < count, k + STAGES * BLOCK_K
+            _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, 0, ahead, more, GATED, BYTES)
+            _fetch_rows(x_desc, x_bufs, bars, done, first_m, ahead, more)
+            total = _add_scaled(total, part, even_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
+            k += BLOCK_K
+            even_scales = _load_scales(w_scale, output, (k + BLOCK_K) // GROUP, N, num_groups)
+            part = warpgroup_mma_wait(0, deps=[odd])
+            more, ahead = i + 1 + STAGES < count, ahead + BLOCK_K
+            _fetch_weights(w_desc, w_bufs, up_bufs, bars, slot, first_n, 0, ahead, more, GATED, BYTES)
+            _fetch_rows(x_desc, x_bufs, bars, slot, first_m, ahead, more)
+            total = _add_scaled(total, part, odd_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
+            odd_scales = _load_scales(w_scale, output, (k + 2 * BLOCK_K) // GROUP, N, num_groups)
+            slot, phase = _following(slot, phase, STAGES)
+    else:
+        acc = none
+        up = acc
+        for i in range(0, count):
+            mbarrier.wait(bars.index(slot), phase)
+            rows = x_bufs.index(slot).permute((1, 0))
+            running = warpgroup_mma(w_bufs.index(slot), rows, acc, is_async=True)
+            if GATED:
+                running_up = warpgroup_mma(up_bufs.index(slot), rows, up, is_async=True)
+                acc, up = warpgroup_mma_wait(2, deps=[running, running_up])
+            else:
+                acc = warpgroup_mma_wait(1, deps=[running])
+            # The product of the step before is done: its buffer is free.
+            done, k = gl.where(slot == 0, STAGES, slot) - 1, first_k + (i - 1 + STAGES) * BLOCK_K
+            more = (i > 0) & (i - 1 + STAGES < count)
+            _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, N + first_n, k, more, GATED, BYTES)
+            _fetch_rows(x_desc, x_bufs, bars, done, first_m, k, more)
+            slot, phase = _following(slot, phase, STAGES)
+        acc, up = warpgroup_mma_wait(0, deps=[acc, up])
+        total = acc.to(gl.float32)
+        if KIND == DIGITS:
+            high, low = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
+            total = high + low * (LOW_INT8 if x_desc.dtype == gl.int8 else LOW_FP8)
     if KIND == DIGITS:
-        high, low = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
-        total = high + low * (LOW_INT8 if x_desc.dtype == gl.int8 else LOW_FP8)
         first_m, R = first_m // 2, R // 2
     LAYOUT: gl.constexpr = total.type.layout
     inside_n, inside_m = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
@@ -159,9 +247,11 @@ def hopper_matmul_kernel(
                 total += gl.load(place + i * SIZE, cache_modifier=".cg")
     if last:
         n, m = first_n + inside_n, first_m + inside_m
-        if KIND != PLAIN:
+        if KIND != PLAIN and not GROUP:
             total *= gl.load(w_scale + n, mask=n < N, other=0.0)[:, None]
-            total *= gl.load(x_scale + m, mask=m < R, other=0.0)[None, :]
+        if KIND == DIGITS or (KIND == W8A8 and not GROUP):
+            unit = LOW_INT8 if GROUP and x_desc.dtype == gl.int8 else 1.0
+            total *= gl.load(x_scale + m, mask=m < R, other=0.0)[None, :] * unit
         if BIAS:
             total += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
         result = total.to(out_desc.dtype)
@@ -185,6 +275,7 @@ def launch(
     out: Tensor,
     kind: int,
     tile: Tile,
+    group_size: int,
     num_splits: int,
     counters: Tensor,
     *,
@@ -192,10 +283,14 @@ def launch(
 ) -> None:
     """As `matmul.multiply`, which has chosen the tile. gated: w[2N, K] is gate | up, out[M, N] is silu(gate) * up."""
     (rows, depth), width = x.shape, out.shape[1]
-    block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
+    block_m, block_n, block_k = tile.block_m, tile.block_n, min(tile.block_k, group_size or tile.block_k)
     out_rows = block_m // 2 if kind == DIGITS.value else block_m
     num_tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n)
     parts = num_tiles * num_splits * out_rows * block_n if num_splits > 1 else 0
+    room = 16
+    if group_size and kind == W8A8.value:
+        inputs = triton.cdiv(depth, 2 * block_k * num_splits) * 2 * block_k  # of a program
+        room = triton.cdiv(triton.cdiv(inputs, group_size) + (block_k < group_size), 16) * 16
     hopper_matmul_kernel[(num_tiles, num_splits)](
         _descriptor(x, block_m, block_k),
         _descriptor(w, block_n, block_k),
@@ -208,8 +303,11 @@ def launch(
         rows,
         width,
         depth,
+        1 if scale is None else scale.shape[1],
         num_splits,
         KIND=kind,
+        GROUP=group_size,
+        ROOM=room,
         GATED=gated,
         BIAS=bias is not None,
         BLOCK_M=block_m,

@@ -36,11 +36,11 @@ from engine.kernels.tiles import DIGITS, PLAIN, W8A8, WEIGHT_ONLY, Tile, choose_
 
 DEQUANTIZE_ROWS = 65  # where there are no digits: from so many rows on, a weight-only matrix is widened once for all
 DIGIT_ROWS = 256  # up to so many rows, 8-bit weights meet two-digit activations
-GROUPED_DIGIT_ROWS = 64  # where groups of inputs have scales: their sums are scaled one by one
+GROUPED_DIGIT_ROWS = 64  # where groups of inputs have scales, and no bulk tile: their sums are scaled one by one
 LIBRARY_FP8_ROWS = 1024  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
-BULK_ROWS = 256  # up to so many rows, and without scales of groups, products take bulk tiles where there are any
+BULK_ROWS = 256  # up to so many rows products take bulk tiles where there are any
 EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
 
 _MAX_TILES = 4096  # that can be split: at most one for each SM are
@@ -258,7 +258,8 @@ def takes_digits(x: Tensor, stored: torch.dtype, group_size: int) -> bool:
         return False
     if stored != torch.int8 and (chip.capability(x.device) < (8, 9) or x.dtype != torch.bfloat16):
         return False  # two FP8 digits have the 8 bits of bf16, not fp16's 11
-    return 1 < x.shape[0] <= (GROUPED_DIGIT_ROWS if group_size else DIGIT_ROWS)
+    few = group_size and not chip.runs_gluon(x.device)
+    return 1 < x.shape[0] <= (GROUPED_DIGIT_ROWS if few else DIGIT_ROWS)
 
 
 def digits_matmul(
@@ -290,6 +291,8 @@ def w8a8_matmul(
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype == qdata.dtype
     assert x_scale.shape == (x.shape[0], scale.shape[1]) and x_scale.dtype == torch.float32 and x_scale.is_contiguous()
+    if x.shape[0] == 1 and group_size:
+        return gemv(x, qdata, scale, bias, group_size, out=out, x_scale=x_scale, dtype=dtype)
     if _library_multiplies(x, qdata, dtype, group_size):
         product = torch._scaled_mm(x, qdata.t(), x_scale, scale.t(), out_dtype=dtype, use_fast_accum=True)
         product = product if bias is None else product.add_(bias)
@@ -337,7 +340,7 @@ def multiply(
         return out
     num_sms = chip.num_sms(x.device)
     if tile is None:
-        bulk = out.shape[0] <= BULK_ROWS and not group_size and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
+        bulk = out.shape[0] <= BULK_ROWS and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
         bulk = bulk and out.data_ptr() % 16 == 0 and _bulk(x, w, width)
         key = tuned.product_key("gated" if gated else _KINDS[kind], w.dtype, rows, *w.shape)
         found = None if group_size else tuned.choices(x.device).get(key)
@@ -353,7 +356,7 @@ def multiply(
         from engine.kernels import hopper_matmul
 
         counters = _counters(x.device)
-        hopper_matmul.launch(x, x_scale, w, scale, bias, out, kind, tile, num_splits, counters, gated=gated)
+        hopper_matmul.launch(x, x_scale, w, scale, bias, out, kind, tile, group_size, num_splits, counters, gated=gated)
         return out
     assert not gated
     parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 else 0

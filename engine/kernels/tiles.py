@@ -114,12 +114,29 @@ BYTES_BULK: Tiles = (
     (256, (_bulk(64, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 3))),
     (_ANY, (_bulk(128, 64, 128, 4, 8), _bulk(256, 64, 128, 4, 5), _bulk(128, 64, 128, 4, 3))),
 )
+# With scales of groups: a step is of 128 inputs at most, and has a sum of its own.
+GROUPED_W8A8_BULK: Tiles = (
+    (16, (_bulk(16, 64, 128, 4, 10),)),
+    (32, (_bulk(32, 64, 128, 4, 8),)),
+    (64, (_bulk(64, 64, 128, 4, 8), _bulk(64, 64, 128, 4, 4))),
+    (128, (_bulk(64, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 4))),
+    (_ANY, (_bulk(64, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 4))),
+)
+GROUPED_DIGITS_BULK: Tiles = (
+    (16, (_bulk(16, 64, 128, 4, 10),)),
+    (32, (_bulk(32, 64, 128, 4, 8),)),
+    (64, (_bulk(64, 64, 128, 4, 8), _bulk(64, 64, 128, 4, 4))),
+    (256, (_bulk(64, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 4))),
+    (_ANY, (_bulk(128, 64, 128, 4, 8), _bulk(256, 64, 128, 8, 4), _bulk(128, 64, 128, 4, 4))),
+)
 
 
 def tiles_for(
     device: torch.device, kind: int, dtype: torch.dtype, group_size: int, bulk: bool = False, gated: bool = False
 ) -> Tiles:
     """Of products whose activations come in `dtype`; bulk tiles for those that take them."""
+    if bulk and group_size:
+        return GROUPED_W8A8_BULK if kind == W8A8.value else GROUPED_DIGITS_BULK
     if bulk:
         return BYTES_BULK if kind != PLAIN.value else GATED_BULK if gated else PLAIN_BULK
     if dtype == torch.float32:

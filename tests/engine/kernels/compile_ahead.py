@@ -41,7 +41,7 @@ from engine.kernels import (
     rope,
     sample,
 )
-from engine.kernels.tiles import BYTES_BULK, GATED_BULK, PLAIN_BULK
+from engine.kernels.tiles import BYTES_BULK, GATED_BULK, GROUPED_DIGITS_BULK, GROUPED_W8A8_BULK, PLAIN_BULK
 
 
 class CompileOnly(DriverBase):
@@ -89,6 +89,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             assert not any(word in before for word in ("st.global", "cp.async", "atom")), "keys and values are not"
         if kernel.metadata.name == "hopper_matmul_kernel":
             check_bulk(kernel.asm["ptx"], **kwargs)
+            if kwargs["GROUP"]:
+                check_alternating(kernel.asm["sass"])
         return kernel
 
     JITFunction.run = compile_instead
@@ -145,10 +147,18 @@ def check_asynchronous(sass: str) -> None:
     assert all(step.count("MUFU.EX2") >= 64 for step in steps), [step.count("MUFU.EX2") for step in steps]
 
 
-def check_bulk(ptx: str, *, GATED: bool, STAGES: int, **rest: object) -> None:
-    """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and no more."""
+def check_alternating(sass: str) -> None:
+    """One step's sum is scaled while the next is multiplied: ptxas has not made every product wait for itself."""
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", sass)
+    assert waits == ["1", "0"], waits
+
+
+def check_bulk(ptx: str, *, GATED: bool, GROUP: int, STAGES: int, **rest: object) -> None:
+    """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and for the scales
+    of two steps where it has some of groups, and no more.
+    """
     before, _, after = ptx.partition("griddepcontrol.wait")
-    assert after and "ld.global" not in before
+    assert after and ("ld.global" in before) == (GROUP > 0)
     asked = before.count("cp.async.bulk.tensor.2d.shared")
     assert asked == STAGES * (2 if GATED else 1), (asked, STAGES, rest)
     assert "cp.async.bulk.tensor.2d.global.shared" in after and "wgmma.mma_async" in after
@@ -187,6 +197,9 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
             # The types differ in the instruction: each tile is compiled for one of them, the largest for all.
             if group == 0 or stored != torch.int8:
                 tokens = convert.quantize_tokens(x, stored, group)
+                if group:
+                    row = tokens[0][:1], tokens[1][:1]
+                    matmul.w8a8_matmul(*row, qdata, scale, None, dtype, group)
                 multiply_with(matmul.W8A8, *tokens, qdata, scale, group, every=stored != torch.int8)
             if dtype != torch.float32:
                 tokens = convert.split_tokens(x, stored)
@@ -209,6 +222,13 @@ def multiply_in_bulk(matrix: torch.Tensor) -> None:
         stored, digits = (torch.int8, torch.float8_e4m3fn)[number % 2], 1 + number // 2 % 2
         codes, qdata = torch.zeros(2, 2048, dtype=stored), torch.zeros(2048, 2048, dtype=stored)
         matmul.multiply(codes, scale[: 2 // digits], qdata, scale, None, x.dtype, 0, tile)
+    codes, qdata, scale = codes.view(torch.int8), qdata.view(torch.int8), torch.zeros(2048, 16)
+    for _, some in GROUPED_DIGITS_BULK:
+        matmul.multiply(codes, scale[:1, :1], qdata, scale, bias, x.dtype, 128, some[0])
+    codes, qdata = codes.view(torch.float8_e4m3fn), qdata.view(torch.float8_e4m3fn)
+    matmul.multiply(codes, scale[:1, :1], qdata, torch.zeros(2048, 32), None, x.dtype, 64)
+    for _, some in GROUPED_W8A8_BULK:
+        matmul.multiply(codes, scale[:2], qdata, scale, None, x.dtype, 128, some[0])
 
 
 def multiply_with(

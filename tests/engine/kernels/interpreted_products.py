@@ -88,6 +88,16 @@ def test_w8a8_matmul(shape, stored, group):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("k", [64, 300, 896])
+def test_w8a8_matmul_of_one_row_with_scales_of_groups(k):
+    qdata, scale = stored_weight(9, k, 128, torch.float8_e4m3fn)
+    tokens = reference.quantize_tokens(torch.randn(1, k), torch.float8_e4m3fn, 128)
+    for bias in (torch.randn(9), None):
+        got = matmul.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, 128)
+        expected = reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, 128)
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_products_of_two_digits(stored, group):

@@ -8,7 +8,8 @@ to bf16 once (2^-9); past DIGIT_ROWS rows the weights are too, and the twin's ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -94,16 +95,16 @@ def fp8_products() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
-@pytest.mark.parametrize("group", [0, 64, 128, 512])
-@pytest.mark.parametrize("num_rows", [n for n in ROWS if n <= matmul.DIGIT_ROWS])
+@pytest.mark.parametrize("group", [0, 64, 128, 256, 512])
+@pytest.mark.parametrize("num_rows", [n for n in [*ROWS, 256] if n <= matmul.DIGIT_ROWS])
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("model", LINEARS)
 def test_weight_only_matmul(model, stored, group, num_rows):
     """In two digits, the activations keep 15 bits of the largest of a token."""
-    if group and num_rows > matmul.GROUPED_DIGIT_ROWS:
-        pytest.skip("multiplied by rounded weights: tested below")
     for n, k, has_bias in matrices(model):
         x = torch.randn(num_rows, k, device="cuda").bfloat16()
+        if num_rows >= matmul.DEQUANTIZE_ROWS and not matmul.takes_digits(x, stored, group):
+            pytest.skip("multiplied by rounded weights: tested below")
         qdata, scale = stored_weight(n, k, group, stored)
         bias = torch.randn(n, device="cuda").bfloat16() if has_bias else None
         got = without_waiting(kernels.weight_only_matmul, x, qdata, scale, bias, group)
@@ -310,6 +311,67 @@ def test_bulk_tiles_at_odd_shapes(n, k, dtype):
 
 
 @needs_bulk
+@pytest.mark.parametrize("num_rows", [2, 33, 100])
+@pytest.mark.parametrize("group", [64, 128, 256, 512])
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (72, 208), (520, 1104), (1024, 896)])
+def test_bulk_tiles_with_scales_of_groups_at_odd_shapes(n, k, group, num_rows):
+    """Groups that end short, odd numbers of steps, parts of no inputs: for two digits, and one."""
+    x = torch.randn(num_rows, k, device="cuda").bfloat16()
+    for stored in STORED:
+        qdata, scale = stored_weight(n, k, group, stored)
+        around = torch.full((num_rows + 2, n), 7.0, device="cuda").bfloat16()
+        digits, tokens = kernels.split_tokens(x, stored), kernels.quantize_tokens(x, stored, group)
+        for codes, twin in ((digits, reference.digits_matmul), (tokens, reference.w8a8_matmul)):
+            expected = twin(*codes, qdata, scale, None, torch.float32, group)
+            for tile in (bulk(16, 64, 128, 4, 8), bulk(64, 64, 128, 4, 3), bulk(128, 128, 128, 8, 3)):
+                for splits in (1, 3):
+                    around[1:-1] = torch.nan
+                    args = (*codes, qdata, scale, None, torch.bfloat16, group, tile, splits, around[1:-1])
+                    got = without_waiting(matmul.multiply, *args)
+                    assert (around[0] == 7).all() and (around[-1] == 7).all()
+                    if stored == torch.int8:
+                        close(got, expected)
+                    else:
+                        close_in_fp8(got, expected, k)
+
+
+@needs_bulk
+@pytest.mark.parametrize("num_rows", [3, 64, 200])
+@pytest.mark.parametrize("stored", STORED)
+def test_rows_with_scales_of_groups_do_not_depend_on_each_other(num_rows, stored):
+    """Bit for bit, by one tile; whatever the rows are, and however many."""
+    qdata, scale = stored_weight(2048, 2048, 128, stored)
+    x, tile = torch.randn(256, 2048, device="cuda").bfloat16(), bulk(64, 64, 128, 4, 6)
+    for make in (
+        lambda rows: kernels.split_tokens(rows, stored),
+        lambda rows: kernels.quantize_tokens(rows, stored, 128),
+    ):
+        every, some = (
+            matmul.multiply(*make(rows), qdata, scale, None, x.dtype, 128, tile, 2) for rows in (x, x[:num_rows])
+        )
+        assert torch.equal(every[:num_rows], some)
+
+
+@needs_bulk
+@pytest.mark.parametrize("num_rows", [8, 100, 256])
+@pytest.mark.parametrize("digits", [1, 2])
+def test_a_chain_with_scales_of_groups_is_that_of_products_one_by_one(num_rows, digits):
+    """As below: the scales of rows are read after the wait, those of weights before it."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    up, down = (stored_weight(n, k, 128, torch.float8_e4m3fn) for n, k in ((4096, 2048), (2048, 2048)))
+    gain, x = torch.rand(2048, device="cuda").bfloat16(), torch.randn(num_rows, 2048, device="cuda").bfloat16()
+    codes = Codes(torch.float8_e4m3fn, digits=2) if digits == 2 else Codes(torch.float8_e4m3fn, 128)
+    product = kernels.digits_matmul if digits == 2 else kernels.w8a8_matmul
+    steps = [
+        lambda t: kernels.rms_norm(t, gain, 1e-6, codes),
+        lambda t: product(t.qdata, t.scale, *up, None, t.dtype, 128),
+        lambda t: kernels.silu_mul(t, codes),
+        lambda t: product(t.qdata, t.scale, *down, None, t.dtype, 128),
+    ]
+    check_chain(steps, x)
+
+
+@needs_bulk
 @pytest.mark.parametrize("num_rows", [8, 100, 256])
 def test_a_chain_of_bulk_tiles_is_that_of_products_one_by_one(num_rows):
     """Each begins before the one before it has ended, and reads what that stored through the copy engine: bit for bit
@@ -323,7 +385,10 @@ def test_a_chain_of_bulk_tiles_is_that_of_products_one_by_one(num_rows):
         lambda t: kernels.linear(t, down),
         lambda t: kernels.rms_norm(t, gain, 1e-6),
     ]
+    check_chain(steps, x)
 
+
+def check_chain(steps: list[Callable[[Any], Any]], x: Tensor) -> None:
     def run(wait: bool) -> Tensor:
         t = x
         for _ in range(8):
