@@ -455,15 +455,16 @@ def w8a8_matmul(
     dtype: torch.dtype,
     group_size: int = 0,
     out: Tensor | None = None,
+    block_scale: Tensor | None = None,
 ) -> Tensor:
     """(x[M, K] * x_scale[M, G]) @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in `dtype`.
 
-    x, qdata: both int8 or both float8_e4m3fn. Scales: fp32, each of group_size inputs (0: of all, G = 1). The
-    definition is the fp32 product. The kernels' INT8 sums are exact before the scales; their FP8 sums are the tensor
-    cores'.
+    x, qdata: both int8 or both float8_e4m3fn. Scales: fp32, each of group_size inputs (0: of all, G = 1). block_scale:
+    [N / 128, G], if scale is that with each row repeated 128 times; None says nothing. The definition is the fp32
+    product. The kernels' INT8 sums are exact before the scales; their FP8 sums are the tensor cores'.
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out)
+        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out, block_scale)
     return _written(reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size), out)

@@ -38,6 +38,7 @@ DEQUANTIZE_ROWS = 65  # where there are no digits: from so many rows on, a weigh
 DIGIT_ROWS = 256  # up to so many rows, 8-bit weights meet two-digit activations
 GROUPED_DIGIT_ROWS = 64  # where groups of inputs have scales, and no bulk tile: their sums are scaled one by one
 LIBRARY_FP8_ROWS = 1024  # from so many rows on, FP8 rows go to torch._scaled_mm on sm_90
+LIBRARY_BLOCK_ROWS = 257  # those with scales of 1 x 128 by weights of 128 x 128
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
 BULK_ROWS = 256  # up to so many rows products take bulk tiles where there are any
@@ -287,6 +288,7 @@ def w8a8_matmul(
     dtype: torch.dtype,
     group_size: int = 0,
     out: Tensor | None = None,
+    block_scale: Tensor | None = None,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype == qdata.dtype
@@ -297,7 +299,37 @@ def w8a8_matmul(
         product = torch._scaled_mm(x, qdata.t(), x_scale, scale.t(), out_dtype=dtype, use_fast_accum=True)
         product = product if bias is None else product.add_(bias)
         return product if out is None else out.copy_(product)
-    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out)
+    if block_scale is None or not _library_multiplies_blocks(x, dtype, block_scale):
+        return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out)
+    if out is None:
+        out = x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype)
+    rows = x.shape[0] // 4 * 4  # the library wants the scales of a group aligned: the others are ours
+    x_scales = x_scale[:rows].t().contiguous().t()
+    torch._scaled_mm(x[:rows], qdata.t(), x_scales, block_scale.t(), out_dtype=dtype, out=out[:rows])
+    if bias is not None:
+        out[:rows].add_(bias)
+    if rows < x.shape[0]:
+        w8a8_matmul(x[rows:], x_scale[rows:], qdata, scale, bias, dtype, group_size, out[rows:])
+    return out
+
+
+def _library_multiplies_blocks(x: Tensor, dtype: torch.dtype, block_scale: Tensor) -> bool:
+    """Whether torch's FP8 product with scales of blocks takes these, and is the faster one. On other chips than sm_90
+    it has none, with CUDA before 12.9 neither.
+    """
+    return (
+        x.shape[0] >= LIBRARY_BLOCK_ROWS
+        and dtype == torch.bfloat16
+        and block_scale.shape[1] % 4 == 0
+        and x.shape[1] % 128 == 0
+        and chip.capability(x.device) == (9, 0)
+        and _cuda_version() >= (12, 9)
+    )
+
+
+@cache
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in (torch.version.cuda or "0").split("."))
 
 
 def _library_multiplies(x: Tensor, qdata: Tensor, dtype: torch.dtype, group_size: int) -> bool:

@@ -80,7 +80,7 @@ class WeightOnlyLinear:
 class W8A8Linear:
     """As WeightOnlyLinear, but each token is quantised to the weight's dtype first, with a scale of its own (one of
     each group_size inputs), and the product is of 8-bit numbers. pre_scale: [K] float32, what tokens are multiplied by
-    before they are quantised (`kernels.quantize_tokens`), or None.
+    before they are quantised (`kernels.quantize_tokens`), or None. block_scale: see `kernels.w8a8_matmul`.
     """
 
     qdata: Tensor
@@ -88,6 +88,7 @@ class W8A8Linear:
     bias: Tensor | None = None
     group_size: int = 0
     pre_scale: Tensor | None = None
+    block_scale: Tensor | None = None
 
     def takes(self, like: Tensor) -> Codes:
         """What spares the product a launch: activations quantised by the operation before it."""
@@ -98,7 +99,7 @@ class W8A8Linear:
         if isinstance(x, Tensor):
             x = Quantised(*kernels.quantize_tokens(x, self.qdata.dtype, self.group_size, self.pre_scale), x.dtype)
         stored = (self.qdata, self.scale, self.bias)
-        return kernels.w8a8_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out)
+        return kernels.w8a8_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out, self.block_scale)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
@@ -106,7 +107,7 @@ class W8A8Linear:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.qdata, self.scale, self.bias, self.pre_scale) if t is not None]
+        return [t for t in (self.qdata, self.scale, self.bias, self.pre_scale, self.block_scale) if t is not None]
 
 
 Linear = PlainLinear | WeightOnlyLinear | W8A8Linear

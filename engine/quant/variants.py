@@ -23,7 +23,7 @@ from engine.config import ModelConfig, ModelError
 from engine.kernels import chip
 from engine.models.layers import rotary_table
 from engine.models.qwen import Layer, Qwen
-from engine.quant.formats import FORMATS, HEAD, Format, Stored
+from engine.quant.formats import BLOCK, FORMATS, HEAD, Format, Stored
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
 from engine.quant.memory import all_finite, count_bytes
 from engine.quant.quantize import dequantize, quantize, smoothed, stack
@@ -79,14 +79,19 @@ def build_linears(
     if smooth and pre_scale is None:
         assert factor is not None
         pre_scale = factor if factor.is_meta else 1.0 / factor
+    block_scale = next((x.block_scale for x in there.values() if isinstance(x, W8A8Linear) and x.group_size), None)
     for f in formats:
-        if f.stored not in stored:
+        fresh = f.stored not in stored
+        if fresh:
             stored[f.stored] = _store(parts, f, dtype, factor)
         weight, scale = stored[f.stored]
+        if fresh and scale is not None and f.granularity == "block" and all(_height(p) % BLOCK == 0 for p in parts):
+            block_scale = scale[::BLOCK].contiguous()
         if scale is None:
             linears[f.name] = PlainLinear(weight, bias)
         elif f.activation:
-            linears[f.name] = W8A8Linear(weight, scale, bias, f.group_size, pre_scale if f.smooth else None)
+            of_blocks = block_scale if f.group_size else None
+            linears[f.name] = W8A8Linear(weight, scale, bias, f.group_size, pre_scale if f.smooth else None, of_blocks)
         else:
             linears[f.name] = WeightOnlyLinear(weight, scale, bias, f.group_size)
     return linears
@@ -120,6 +125,10 @@ def _quantize(part: Tensor | Blocks, fmt: Format, factor: Tensor | None) -> Iter
             assert factor is not None
             piece = smoothed(piece, factor)
         yield quantize(piece, getattr(torch, fmt.weight), fmt.granularity)
+
+
+def _height(part: Tensor | Blocks) -> int:
+    return len(part.qdata if isinstance(part, Blocks) else part)
 
 
 def _numbers(part: Tensor | Blocks) -> Tensor:

@@ -18,7 +18,7 @@ from engine.kernels import reference
 from engine.memory import planned_weights
 from engine.messages import AddRequest, pack_ids
 from engine.models.qwen import Layer
-from engine.quant.formats import FORMATS, Format, Stored
+from engine.quant.formats import FORMATS, Format, Stored, parse_format
 from engine.quant.linear import Linear, PlainLinear, W8A8Linear, WeightOnlyLinear
 from engine.quant.memory import count_bytes
 from engine.quant.quantize import dequantize, quantize
@@ -182,7 +182,7 @@ def test_formats_that_store_the_same_bytes_hold_them_once(llm: LLM) -> None:
     assert variants["bf16"].own_bytes == variants["int8-g64-fake"].own_bytes == 4 * matrices
     assert matrices < variants["int8-g512"].own_bytes < 1.02 * matrices
     assert variants["int8-g64"].own_bytes == matrices + matrices // 64 * 4
-    assert variants["w8a8-fp8-block"].own_bytes == matrices + matrices // 128 * 4
+    assert variants["w8a8-fp8-block"].own_bytes == matrices + (matrices // 128 + matrices // 128**2) * 4
 
 
 def test_a_plan_of_every_format_is_what_is_loaded(llm: LLM) -> None:
@@ -268,6 +268,24 @@ def test_pieces_of_rows_are_quantised_as_the_whole(monkeypatch: pytest.MonkeyPat
         qdata, scale = quantize(weight, getattr(torch, str(fmt.weight)), str(fmt.granularity))
         assert isinstance(linear, WeightOnlyLinear | W8A8Linear)
         assert torch.equal(linear.qdata.view(torch.int8), qdata.view(torch.int8)) and torch.equal(linear.scale, scale)
+
+
+@pytest.mark.parametrize(("heights", "whole"), [((256, 128, 128), True), ((256, 64, 64), False), ((200,), False)])
+def test_scales_of_blocks_are_there_once_where_no_block_straddles_matrices(
+    heights: tuple[int, ...], whole: bool
+) -> None:
+    formats = [parse_format(name) for name in ("w8a8-fp8-block", "w8a8-fp8-block+kv8", "w8a8-fp8-row")]
+    linears = build_linears([torch.randn(n, 300) for n in heights], None, formats[:1], torch.float32)
+    again = build_linears([], None, formats[:2], torch.float32, there={formats[0].stored: linears["w8a8-fp8-block"]})
+    linear = linears["w8a8-fp8-block"]
+    assert isinstance(linear, W8A8Linear) and (linear.block_scale is not None) == whole
+    for other in again.values():
+        assert isinstance(other, W8A8Linear) and other.block_scale is linear.block_scale
+    if linear.block_scale is not None:
+        assert linear.block_scale.is_contiguous()
+        assert torch.equal(linear.block_scale.repeat_interleave(128, dim=0), linear.scale)
+    row = build_linears([torch.randn(128, 300)], None, formats, torch.float32)["w8a8-fp8-row"]
+    assert isinstance(row, W8A8Linear) and row.block_scale is None
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
