@@ -36,7 +36,7 @@ from engine.config import ModelConfig, load_model_config
 from engine.kernels import chip, tuned
 from engine.runner import pick_device
 
-KINDS = ("gemv", "plain", "gated", "w8a8", "digits")
+KINDS = ("gemv", "plain", "gated", "w8a8", "digits", "w8a8-g128", "digits-g128")
 STREAMED = 256 << 20  # bytes of weights in turn
 GAIN = 0.98  # of the rules' time that a choice must stay below
 GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (4, 8) for programs in (0, 4, 6)]
@@ -62,6 +62,14 @@ class Case:
     rows: int
     width: int
     depth: int
+
+    @property
+    def group_size(self) -> int:
+        return int(self.kind.partition("-g")[2] or 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows // 2 if self.kind.startswith("digits") else self.rows
 
     @property
     def key(self) -> str:
@@ -154,8 +162,10 @@ def _multiplies(case: Case, device: torch.device) -> bool:
     if case.kind in ("plain", "gated"):
         most = matmul.BULK_ROWS if _bulk(case, device) else matmul.PLAIN_ROWS * (case.kind == "plain")
         return case.dtype == torch.bfloat16 and case.rows <= most and case.width <= matmul.PLAIN_WIDTH
-    if case.kind == "digits" and case.rows > 2 * matmul.DIGIT_ROWS:
+    if case.kind.startswith("digits") and case.tokens > matmul.DIGIT_ROWS:
         return False
+    if case.group_size and not (_bulk(case, device) and (case.kind != "w8a8-g128" or case.dtype != torch.int8)):
+        return False  # rules alone, or no such format
     return case.dtype == torch.int8 or (case.dtype == torch.float8_e4m3fn and chip.capability(device) >= (8, 9))
 
 
@@ -163,8 +173,7 @@ def _bulk(case: Case, device: torch.device) -> bool:
     from engine.kernels import matmul
 
     width = case.width // 2 if case.kind == "gated" else case.width
-    tokens = case.rows // 2 if case.kind == "digits" else case.rows
-    return tokens <= matmul.BULK_ROWS and matmul.takes_bulk(device, case.dtype, width, case.depth)
+    return case.tokens <= matmul.BULK_ROWS and matmul.takes_bulk(device, case.dtype, width, case.depth)
 
 
 def tune(chosen: Iterable[Case], device: torch.device, clock: Clock) -> Iterator[tuple[str, Choice | None]]:
@@ -197,17 +206,18 @@ def product_of(case: Case, device: torch.device) -> Product:
     from engine.kernels.matmul import multiply
 
     wide = case.dtype.itemsize > 1
-    scale = None if wide else torch.ones(case.width, 1, device=device)
-    tokens = case.rows // 2 if case.kind == "digits" else case.rows
+    groups = -(-case.depth // case.group_size) if case.group_size else 1
+    scale = None if wide else torch.ones(case.width, groups, device=device)
     gated = case.kind == "gated"
     width = case.width // 2 if gated else case.width
-    out = torch.empty(tokens, width, dtype=torch.bfloat16, device=device)
+    out = torch.empty(case.tokens, width, dtype=torch.bfloat16, device=device)
     if case.kind == "gemv":
         row = _random(1, case.depth, torch.bfloat16, device)
         return lambda weight: gemv(row, weight, scale, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
-    x_scale = None if wide else torch.ones(tokens, 1, device=device)
-    return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, 0, out=out, gated=gated)
+    x_scale = None if wide else torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
+    group = case.group_size
+    return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, group, out=out, gated=gated)
 
 
 def choices_of(case: Case, device: torch.device) -> list[Choice]:
@@ -215,7 +225,7 @@ def choices_of(case: Case, device: torch.device) -> list[Choice]:
         return list(GEMV_TILES)
     num_sms, shared = chip.num_sms(device), chip.shared_memory(device)
     bulk = bulk_choices(case, num_sms, shared) if _bulk(case, device) else []
-    return bulk if case.kind == "gated" else [*bulk, *product_choices(case, num_sms, shared)]
+    return bulk if case.kind == "gated" or case.group_size else [*bulk, *product_choices(case, num_sms, shared)]
 
 
 def bulk_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:
@@ -224,12 +234,20 @@ def bulk_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:
     size, gates = case.dtype.itemsize, 2 if case.kind == "gated" else 1
     least = min(case.rows, 64)
     for block_m in sorted({least, min(case.rows, 128), min(case.rows, 256)}):
-        tiles = itertools.product(GATED_SHAPES if gates == 2 else BULK_SHAPES, (128, 256), (1, 2, 3))
+        steps = (min(case.group_size, 128),) if case.group_size else (128, 256)
+        tiles = itertools.product(GATED_SHAPES if gates == 2 else BULK_SHAPES, steps, (1, 2, 3))
         for (block_n, num_warps), step, programs in tiles:
             held = step * (gates * block_n + block_m)  # bytes of a buffer
-            num_stages = min(8, (shared // programs - 1024) // held)
+            room = block_m * (-(-case.depth // 128) + 16) * 4 if case.kind == "w8a8-g128" else 0  # scales of its rows
+            num_stages = min(12 if case.group_size else 8, (shared // programs - 1024 - room) // held)
             sums = gates * block_n * block_m // (32 * num_warps)  # registers
-            if num_stages < 3 or sums > 128 or 32 * num_warps * programs * (sums + 40) > 65536:
+            if case.group_size:  # two that alternate, and what they are added to
+                sums = 2 * sums + sums * case.tokens // case.rows
+            if (
+                num_stages < 3
+                or sums > (192 if case.group_size else 128)
+                or 32 * num_warps * programs * (sums + 40) > 65536
+            ):
                 continue
             count = -(-case.rows // block_m) * -(-case.width // (gates * block_n))
             for splits in SPLITS if gates == 1 else (1,):
@@ -285,8 +303,10 @@ def compile_all(chosen: Iterable[Case], device: torch.device) -> None:
     versions: dict[object, tuple[Case, Choice]] = {}
     for case in chosen:
         for choice in choices_of(case, device):
-            shape = (case.width, case.depth) if case.kind == "gemv" else (case.depth % choice[2] == 0)
+            shape: object = (case.width, case.depth) if case.kind == "gemv" else (case.depth % choice[2] == 0)
             tile = choice if case.kind == "gemv" else choice[:6]
+            if case.group_size:  # which kernel it is depends on how many groups a program has
+                shape, tile = case.depth, choice
             versions.setdefault((case.kind, case.dtype, shape, tile), (case, choice))
     count = min(len(os.sched_getaffinity(0)), len(versions))
     with ProcessPoolExecutor(max(count, 1), multiprocessing.get_context("spawn")) as pool:

@@ -158,18 +158,28 @@ def hopper_matmul_kernel(
         instr_shape=[16, N_EACH, 256 // BITS],
     )
     none = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if x_desc.dtype == gl.int8 else gl.float32, MMA)
+    total = none.to(gl.float32)
+    if KIND == DIGITS:
+        total, _ = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
+    LAYOUT: gl.constexpr = total.type.layout
+    ALONG: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    ACROSS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    n = first_n + gl.arange(0, BLOCK_N, ALONG)
     if GROUP:
-        total = none.to(gl.float32)
-        if KIND == DIGITS:
-            total, _ = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
-        SUMS: gl.constexpr = total.type.layout
-        output, first_group = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS)), first_k // GROUP
-        even_scales = _load_scales(w_scale, output, first_group, N, num_groups)
-        odd_scales = _load_scales(w_scale, output, (first_k + BLOCK_K) // GROUP, N, num_groups)
+        first_group = first_k // GROUP
+        even_scales = _load_scales(w_scale, n, first_group, N, num_groups)
+        odd_scales = _load_scales(w_scale, n, (first_k + BLOCK_K) // GROUP, N, num_groups)
+    elif KIND != PLAIN:
+        scales = gl.load(w_scale + n, mask=n < N, other=0.0)
     if PDL:
         gdc_wait()
     for i in gl.static_range(STAGES):
         _fetch_rows(x_desc, x_bufs, bars, i, first_m, first_k + i * BLOCK_K, i < count)
+    if KIND == DIGITS or (KIND == W8A8 and not GROUP):
+        m = first_m * ROWS // BLOCK_M + gl.arange(0, ROWS, ACROSS)
+        factors = gl.load(x_scale + m, mask=m < R * ROWS // BLOCK_M, other=0.0)
+        if GROUP and x_desc.dtype == gl.int8:
+            factors *= LOW_INT8
 
     slot, phase = 0, 0
     if GROUP:
@@ -184,9 +194,6 @@ def hopper_matmul_kernel(
                 exists = (row < R) & (group < num_groups)
                 async_copy.async_copy_global_to_shared(pieces.index(i), x_scale + row * num_groups + group, exists)
             async_copy.commit_group()
-            async_copy.wait_group(0)
-            debug_barrier()
-        ACROSS: gl.constexpr = gl.SliceLayout(0, SUMS)
         for i in range(0, count, 2):
             k, done = first_k + i * BLOCK_K, slot
             even = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
@@ -196,15 +203,17 @@ def hopper_matmul_kernel(
             more, ahead = i + STAGES < count, k + STAGES * BLOCK_K
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, 0, ahead, more, GATED, BYTES)
             _fetch_rows(x_desc, x_bufs, bars, done, first_m, ahead, more)
+            if KIND == W8A8:
+                async_copy.wait_group(0)  # the first time
             total = _add_scaled(total, part, even_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
             k += BLOCK_K
-            even_scales = _load_scales(w_scale, output, (k + BLOCK_K) // GROUP, N, num_groups)
+            even_scales = _load_scales(w_scale, n, (k + BLOCK_K) // GROUP, N, num_groups)
             part = warpgroup_mma_wait(0, deps=[odd])
             more, ahead = i + 1 + STAGES < count, ahead + BLOCK_K
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, slot, first_n, 0, ahead, more, GATED, BYTES)
             _fetch_rows(x_desc, x_bufs, bars, slot, first_m, ahead, more)
             total = _add_scaled(total, part, odd_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
-            odd_scales = _load_scales(w_scale, output, (k + 2 * BLOCK_K) // GROUP, N, num_groups)
+            odd_scales = _load_scales(w_scale, n, (k + 2 * BLOCK_K) // GROUP, N, num_groups)
             slot, phase = _following(slot, phase, STAGES)
     else:
         acc = none
@@ -229,14 +238,11 @@ def hopper_matmul_kernel(
         if KIND == DIGITS:
             high, low = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
             total = high + low * (LOW_INT8 if x_desc.dtype == gl.int8 else LOW_FP8)
-    if KIND == DIGITS:
-        first_m, R = first_m // 2, R // 2
-    LAYOUT: gl.constexpr = total.type.layout
-    inside_n, inside_m = gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
     last = num_splits == 1
     if num_splits > 1:
         SIZE: gl.constexpr = BLOCK_N * ROWS
-        place = partial + (tile * num_splits).to(gl.int64) * SIZE + inside_n[:, None] * ROWS + inside_m[None, :]
+        inside = gl.arange(0, BLOCK_N, ALONG)[:, None] * ROWS + gl.arange(0, ROWS, ACROSS)[None, :]
+        place = partial + (tile * num_splits).to(gl.int64) * SIZE + inside
         gl.store(place + split * SIZE, total)
         debug_barrier()  # every thread's part is stored before one of them says so
         last = gl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1
@@ -246,12 +252,10 @@ def hopper_matmul_kernel(
             for i in range(num_splits):
                 total += gl.load(place + i * SIZE, cache_modifier=".cg")
     if last:
-        n, m = first_n + inside_n, first_m + inside_m
         if KIND != PLAIN and not GROUP:
-            total *= gl.load(w_scale + n, mask=n < N, other=0.0)[:, None]
+            total *= scales[:, None]
         if KIND == DIGITS or (KIND == W8A8 and not GROUP):
-            unit = LOW_INT8 if GROUP and x_desc.dtype == gl.int8 else 1.0
-            total *= gl.load(x_scale + m, mask=m < R, other=0.0)[None, :] * unit
+            total *= factors[None, :]
         if BIAS:
             total += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
         result = total.to(out_desc.dtype)
@@ -262,7 +266,7 @@ def hopper_matmul_kernel(
         turned = gl.allocate_shared_memory(out_desc.dtype, [ROWS, BLOCK_N], out_desc.layout)
         turned.permute((1, 0)).store(result)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [first_m, first_n], turned)
+        tma.async_copy_shared_to_global(out_desc, [first_m * ROWS // BLOCK_M, first_n], turned)
         tma.store_wait(0)
 
 

@@ -374,8 +374,8 @@ def multiply(
     if tile is None:
         bulk = out.shape[0] <= BULK_ROWS and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
         bulk = bulk and out.data_ptr() % 16 == 0 and _bulk(x, w, width)
-        key = tuned.product_key("gated" if gated else _KINDS[kind], w.dtype, rows, *w.shape)
-        found = None if group_size else tuned.choices(x.device).get(key)
+        key = tuned.product_key("gated" if gated else _KINDS[kind], w.dtype, rows, *w.shape, group_size=group_size)
+        found = tuned.choices(x.device).get(key)
         if found and (bulk or found[5] != tuned.BULK):
             tile, num_splits = tuned.tile(found)
         else:

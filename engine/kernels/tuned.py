@@ -8,7 +8,8 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
 
 One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
 so many, and block_m, block_n, block_k, num_warps, num_stages of `tiles.Tile`, the operand on the left (0: the rows, 1:
-the weights, 2: the weights, of a bulk tile), and the splits. What a table lacks is chosen by the rules in `gemv.py` and
+the weights, 2: the weights, of a bulk tile), and the splits. With scales of groups of G inputs the kind is called
+"w8a8-gG" or "digits-gG", and the tile is a bulk tile. What a table lacks is chosen by the rules in `gemv.py` and
 `tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
 """
 
@@ -35,7 +36,9 @@ BULK = 2  # of the numbers that stand for an operand on the left
 Choices = dict[str, tuple[int, ...]]
 
 log = logging.getLogger("octavo.engine")
-_KEY = re.compile(r"(gemv/[124]|(plain|gated|w8a8|digits)/[a-z0-9_]+/(16|32|64|128|256|512))/[1-9]\d*x[1-9]\d*")
+_KEY = re.compile(
+    r"(gemv/[124]|(plain|gated|(w8a8|digits)(-g(64|128|256|512))?)/[a-z0-9_]+/(16|32|64|128|256|512))/[1-9]\d*x[1-9]\d*"
+)
 _POWERS = {1 << i for i in range(17)}
 
 
@@ -43,9 +46,10 @@ def gemv_key(itemsize: int, width: int, depth: int) -> str:
     return f"gemv/{itemsize}/{width}x{depth}"
 
 
-def product_key(kind: str, dtype: torch.dtype, rows: int, width: int, depth: int) -> str:
+def product_key(kind: str, dtype: torch.dtype, rows: int, width: int, depth: int, *, group_size: int = 0) -> str:
     """dtype: the weights'. rows: of the activations as they are multiplied; more than the last of ROWS: not tuned."""
     bucket = next((r for r in ROWS if rows <= r), 0)
+    kind += f"-g{group_size}" if group_size else ""
     return f"{kind}/{str(dtype).removeprefix('torch.')}/{bucket}/{width}x{depth}"
 
 
@@ -99,10 +103,11 @@ def valid(key: str, numbers: object) -> bool:
     return (
         all(16 <= b <= 512 for b in blocks)
         and num_warps <= 16
-        and 1 <= num_stages <= 8
+        and 1 <= num_stages <= (16 if left == BULK else 8)
         and left in (0, 1, BULK)
         and (left != BULK or num_warps >= 4)
         and (not key.startswith("gated") or (left == BULK and splits == 1))
+        and ("-g" not in key or left == BULK)
         and 1 <= splits <= 32
     )
 

@@ -153,12 +153,13 @@ def check_alternating(sass: str) -> None:
     assert waits == ["1", "0"], waits
 
 
-def check_bulk(ptx: str, *, GATED: bool, GROUP: int, STAGES: int, **rest: object) -> None:
-    """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and for the scales
-    of two steps where it has some of groups, and no more.
+def check_bulk(ptx: str, *, KIND: int, GATED: bool, STAGES: int, **rest: object) -> None:
+    """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and for scales of
+    weights, and no more.
     """
     before, _, after = ptx.partition("griddepcontrol.wait")
-    assert after and ("ld.global" in before) == (GROUP > 0)
+    scaled = matmul.PLAIN.value != KIND
+    assert after and ("ld.global" in before) == scaled
     asked = before.count("cp.async.bulk.tensor.2d.shared")
     assert asked == STAGES * (2 if GATED else 1), (asked, STAGES, rest)
     assert "cp.async.bulk.tensor.2d.global.shared" in after and "wgmma.mma_async" in after

@@ -14,7 +14,11 @@ from engine.config import ModelError
 from engine.kernels import chip, matmul, tuned
 from engine.kernels.tiles import Tile
 
-GOOD = {"gemv/1/4096x2048": (8192, 8, 0), "w8a8/int8/64/4096x2048": (64, 64, 256, 4, 5, 0, 1)}
+GOOD = {
+    "gemv/1/4096x2048": (8192, 8, 0),
+    "w8a8/int8/64/4096x2048": (64, 64, 256, 4, 5, 0, 1),
+    "digits-g128/int8/64/4096x2048": (64, 64, 128, 4, 12, tuned.BULK, 3),
+}
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -35,6 +39,8 @@ def test_keys_are_those_that_a_table_may_have() -> None:
     assert tuned.gemv_key(1, 4096, 2048) in GOOD
     assert tuned.product_key("w8a8", torch.int8, 33, 4096, 2048) in GOOD
     assert tuned.product_key("w8a8", torch.int8, 65, 4096, 2048) not in GOOD
+    assert tuned.product_key("digits", torch.int8, 33, 4096, 2048, group_size=128) in GOOD
+    assert tuned.product_key("digits", torch.int8, 33, 4096, 2048, group_size=64) not in GOOD
     assert tuned.table_path("NVIDIA GeForce RTX 4090").name == "nvidia-geforce-rtx-4090.json"
     assert tuned.choices(torch.device("cpu")) == {}
 
@@ -59,6 +65,9 @@ def test_keys_are_those_that_a_table_may_have() -> None:
         ("plain/bfloat16/64/4096x2048", [64, 64, 64, 3, 4, 1, 1]),
         ("plain/bfloat16/64/4096x2048", [64, 64, 64, 4, 9, 1, 1]),
         ("plain/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 1, 1.5]),
+        ("plain-g128/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 2, 1]),
+        ("digits-g96/int8/64/4096x2048", [64, 64, 128, 4, 4, 2, 1]),
+        ("digits-g128/int8/64/4096x2048", [64, 64, 128, 4, 4, 1, 1]),
     ],
 )
 def test_bad_entries_are_named(key: str, numbers: Any, tmp_path: Path) -> None:
@@ -112,6 +121,8 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
         ("gated", torch.bfloat16, 256),
         ("w8a8", torch.int8, 128),
         ("digits", torch.float8_e4m3fn, 512),
+        ("digits-g128", torch.int8, 256),
+        ("w8a8-g128", torch.float8_e4m3fn, 64),
     ):
         case = tune.Case(kind, dtype, rows, *shape)
         found = tune.bulk_choices(case, 132, 227 << 10)
@@ -121,12 +132,16 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
         for block_m, block_n, block_k, _, num_stages, _, _ in found:
             assert num_stages * (block_m + gates * block_n) * block_k * dtype.itemsize < 227 << 10
             assert rows // 8 <= block_m <= rows
+            assert block_k == 128 or not case.group_size
         assert not any(choice[5] == tuned.BULK for choice in tune.choices_of(case, cpu)) or kind == "gated"
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
     assert matmul.takes_bulk(cpu, torch.bfloat16, *shape) and not matmul.takes_bulk(cpu, torch.float32, *shape)
     assert not matmul.takes_bulk(cpu, torch.int8, 2044, 2048) and not matmul.takes_bulk(cpu, torch.int8, 2048, 2040)
     case = tune.Case("plain", torch.bfloat16, 64, *shape)
     assert {choice[5] for choice in tune.choices_of(case, cpu)} == {0, 1, tuned.BULK}
+    grouped = {c.key for c in tune.cases([shape], ["w8a8-g128", "digits-g128"], [512], cpu)}
+    size = f"{shape[0]}x{shape[1]}"
+    assert grouped == {f"digits-g128/{dtype}/512/{size}" for dtype in ("int8", "float8_e4m3fn")}
     kinds = [c.kind for c in tune.cases([shape], ["plain", "gated"], [16, 256, 512], cpu, (12288, 2048))]
     assert kinds.count("plain") == 2 and kinds.count("gated") == 2 * (shape == (12288, 2048))
 
