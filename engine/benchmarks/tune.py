@@ -39,7 +39,7 @@ from engine.runner import pick_device
 KINDS = ("gemv", "plain", "gated", "w8a8", "digits", "w8a8-g128", "digits-g128")
 STREAMED = 256 << 20  # bytes of weights in turn
 GAIN = 0.98  # of the rules' time that a choice must stay below
-GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (4, 8) for programs in (0, 4, 6)]
+GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (2, 4, 8) for programs in (0, 4, 6, 8)]
 SPLITS = (1, 2, 4, 8)
 LEAST_DEPTH = 512  # inputs of a part
 FEW_ROWS = 32  # up to so many, smaller tiles than the known ones are tried

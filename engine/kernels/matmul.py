@@ -208,6 +208,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
     if ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0])):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
+    return _by_library(x, weight, bias, out)
+
+
+def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     if out is None:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
@@ -249,7 +253,8 @@ def weight_only_matmul(
     if takes_digits(x, qdata.dtype, group_size):
         return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size, out)
     if rows >= DEQUANTIZE_ROWS:
-        return linear(x, dequantize(qdata, scale, group_size, x.dtype), bias, out)
+        # Not through our kernels: they fetch weights before the kernel before them, which writes these, is done.
+        return _by_library(x, dequantize(qdata, scale, group_size, x.dtype), bias, out)
     return multiply(x, None, qdata, scale, bias, x.dtype, group_size, out=out)
 
 

@@ -409,6 +409,33 @@ def check_chain(steps: list[Callable[[Any], Any]], x: Tensor) -> None:
         assert torch.equal(out, run(wait=True)) and out.isfinite().all()
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 40, 144, 256, 300])
+@pytest.mark.parametrize(("stored", "group"), [(s, g) for s in STORED for g in (0, 128)])
+def test_a_chain_of_weight_only_products_is_that_of_products_one_by_one(stored, group, num_rows):
+    """Where weights are widened first, none may be read before they are; all into the same scratch, bit for bit."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling would keep them apart
+    weights = [stored_weight(2048, 2048, group, stored) for _ in range(8)]
+    x = torch.randn(num_rows, 2048, device="cuda").bfloat16()
+
+    def run(wait: bool) -> Tensor:
+        t = x
+        for qdata, scale in weights:
+            t = kernels.weight_only_matmul(t, qdata, scale, None, group)
+            if wait:
+                torch.cuda.synchronize()
+        return t
+
+    run(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(wait=False)
+    for _ in range(20):
+        x.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, run(wait=True)) and out.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("num_rows", [1, 16, 33, 100, 600])
 def test_every_code_is_widened_exactly(num_rows, dtype):
