@@ -161,7 +161,8 @@ def _multiplies(case: Case, device: torch.device) -> bool:
 
     if case.kind in ("plain", "gated"):
         most = matmul.BULK_ROWS if _bulk(case, device) else matmul.PLAIN_ROWS * (case.kind == "plain")
-        return case.dtype == torch.bfloat16 and case.rows <= most and case.width <= matmul.PLAIN_WIDTH
+        wide = case.dtype == torch.bfloat16
+        return (wide or case.kind == "gated") and case.rows <= most and case.width <= matmul.PLAIN_WIDTH
     if case.kind.startswith("digits") and case.tokens > matmul.DIGIT_ROWS:
         return False
     if case.group_size and not (_bulk(case, device) and (case.kind != "w8a8-g128" or case.dtype != torch.int8)):

@@ -225,6 +225,14 @@ def gated(x: Tensor, weight: Tensor) -> Tensor | None:
     return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
 
 
+def gated_codes(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`gated` of codes by codes, or of tokens in two digits, with scales of whole rows."""
+    _check(x, weight, scale, None, 0)
+    if x_scale.shape[0] > BULK_ROWS or dtype.itemsize != 2 or not _bulk(x, weight, weight.shape[0] // 2):
+        return None
+    return multiply(x, x_scale, weight, scale, None, dtype, 0, gated=True)
+
+
 def _bulk(x: Tensor, w: Tensor, width: int) -> bool:
     """Whether a bulk tile multiplies x[M, K] by rows of w[., K], to M x width of 16 bits."""
     aligned = x.data_ptr() % 16 == w.data_ptr() % 16 == 0

@@ -280,6 +280,22 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
 
 
 @needs_bulk
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 40, 129, 256])
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen2.5-1.5B"])
+def test_a_gated_8_bit_product_is_that_of_the_two_kernels(model, stored, digits, num_rows):
+    """Bit for bit, as above."""
+    hidden, intermediate, *_ = LINEARS[model]
+    x = torch.randn(num_rows, hidden, device="cuda").bfloat16()
+    qdata, scale = stored_weight(2 * intermediate, hidden, 0, stored)
+    tokens = kernels.quantize_tokens(x, stored) if digits == 1 else kernels.split_tokens(x, stored)
+    apart = matmul.multiply(*tokens, qdata, scale, None, x.dtype, 0, bulk(64, 64, 128, 4, 4), 1)
+    got = without_waiting(kernels.gated_codes, Quantised(*tokens, x.dtype), qdata, scale)
+    assert got is not None and torch.equal(got, kernels.silu_mul(apart))
+
+
+@needs_bulk
 @pytest.mark.parametrize("num_rows", [1, 9, 37, 64])
 def test_rows_of_a_bulk_tile_do_not_depend_on_each_other(num_rows):
     x, weight = torch.randn(64, 2048, device="cuda").bfloat16(), torch.randn(2048, 2048, device="cuda").bfloat16()
