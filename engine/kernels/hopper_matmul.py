@@ -11,9 +11,11 @@ The weight is the left operand, as the tensor cores want 64 rows of that: out.T 
 through shared memory, from where the copy engine stores it. Inputs that are split over programs, and digits, are as in
 `matmul.py`. A gated product multiplies the same rows by the weights of gate and of up, and stores silu(gate) * up.
 
-Where groups of inputs have scales, a step is of one group, or of a part of it, and has a sum of its own; two of them
-alternate, so that the tensor cores work on one while the other is scaled and added up in fp32. The scales of a step's
-weights are loaded while the step before is added, those of all rows at the beginning, into shared memory.
+Scales of weights are loaded before that wait, too, and those of rows before the first product. Where groups of inputs
+have scales, a step is of one group, or of a part of it, and has a sum of its own; two of them alternate, so that the
+tensor cores work on one while the other is scaled and added up in fp32. With three buffers there is one sum: three such
+programs have room on an SM, and their products run beside each other's additions. The scales of a step's weights are
+loaded two steps ahead, those of a program's rows at its beginning, into shared memory.
 """
 
 # Gluon is untyped: a jitted function has no Python types.
@@ -206,12 +208,16 @@ def hopper_matmul_kernel(
                 exists = (row < R) & (group < num_groups)
                 async_copy.async_copy_global_to_shared(pieces.index(i), x_scale + row * num_groups + group, exists)
             async_copy.commit_group()
+        ALTERNATE: gl.constexpr = STAGES > 3
         for i in range(0, count, 2):
             k, done = first_k + i * BLOCK_K, slot
             even = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
             slot, phase = _following(slot, phase, STAGES)
-            odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
-            part = warpgroup_mma_wait(1, deps=[even])
+            if ALTERNATE:
+                odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
+                part = warpgroup_mma_wait(1, deps=[even])
+            else:
+                part = warpgroup_mma_wait(0, deps=[even])
             more, ahead = i + STAGES < count, k + STAGES * BLOCK_K
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, 0, ahead, more, GATED, BYTES)
             _fetch_rows(x_desc, x_bufs, bars, done, first_m, ahead, more)
@@ -220,6 +226,8 @@ def hopper_matmul_kernel(
             total = _add_scaled(total, part, even_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
             k += BLOCK_K
             even_scales = _load_scales(w_scale, n, (k + BLOCK_K) // GROUP, N, num_groups)
+            if not ALTERNATE:
+                odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
             part = warpgroup_mma_wait(0, deps=[odd])
             more, ahead = i + 1 + STAGES < count, ahead + BLOCK_K
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, slot, first_n, 0, ahead, more, GATED, BYTES)

@@ -1,7 +1,7 @@
 """Triton kernel of the products with stored weights, and which of the ways a product goes. Letters: `__init__`.
 
-One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles. They need scales of whole
-outputs and rows of whole 16 bytes. What remains, and the other chips, is told here. From two rows on:
+One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles. They need rows of whole
+16 bytes. What remains, and the other chips, is told here. From two rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
 token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
@@ -395,7 +395,7 @@ def multiply(
             tile = choose_tile(tiles_for(x.device, kind, x.dtype, group_size, bulk, gated), rows, width, num_sms)
     block_k = min(tile.block_k, group_size or tile.block_k)
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
-    num_splits = 1 if gated else num_splits or choose_splits(num_tiles, depth, num_sms, tile.bulk)
+    num_splits = 1 if gated else num_splits or choose_splits(num_tiles, depth, num_sms, tile, group_size)
     assert num_splits == 1 or num_tiles <= _MAX_TILES
     if tile.bulk:
         from engine.kernels import hopper_matmul

@@ -15,6 +15,7 @@ from engine.kernels import chip
 
 _MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts up costs more than they save
 _MIN_BULK_DEPTH = 1024  # of a bulk tile
+_MIN_GROUPED_DEPTH, _MIN_FEW_DEPTH = 2048, 640  # of one with scales of groups, and with up to 16 rows besides
 
 # The kinds of product: both in one wide type, 8-bit weights; from W8A8 on both in 8 bits: one digit, two digits.
 PLAIN, WEIGHT_ONLY, W8A8, DIGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -123,18 +124,18 @@ GATED_BYTES_BULK: Tiles = (
 )
 # With scales of groups: a step is of 128 inputs at most, and has a sum of its own.
 GROUPED_W8A8_BULK: Tiles = (
-    (8, (_bulk(8, 64, 128, 4, 8),)),
-    (16, (_bulk(16, 64, 128, 4, 7),)),
-    (32, (_bulk(32, 64, 128, 4, 12), _bulk(32, 64, 128, 4, 6))),
+    (8, (_bulk(8, 64, 128, 4, 12),)),
+    (16, (_bulk(16, 64, 128, 4, 11), _bulk(16, 64, 128, 4, 7))),
+    (32, (_bulk(32, 64, 128, 4, 12), _bulk(32, 64, 128, 4, 7))),
     (64, (_bulk(64, 64, 128, 4, 12), _bulk(64, 64, 128, 4, 6))),
     (_ANY, (_bulk(64, 64, 128, 4, 12), _bulk(64, 64, 128, 4, 4))),
 )
 GROUPED_DIGITS_BULK: Tiles = (
-    (16, (_bulk(16, 64, 128, 4, 7),)),
-    (32, (_bulk(32, 64, 128, 4, 12), _bulk(32, 64, 128, 4, 6))),
-    (64, (_bulk(64, 64, 128, 4, 7),)),
+    (16, (_bulk(16, 64, 128, 4, 11), _bulk(16, 64, 128, 4, 7))),
+    (32, (_bulk(32, 64, 128, 4, 12), _bulk(32, 64, 128, 4, 7))),
+    (64, (_bulk(64, 64, 128, 4, 12), _bulk(64, 64, 128, 4, 7))),
     (128, (_bulk(64, 64, 128, 4, 7), _bulk(128, 64, 128, 4, 4))),
-    (_ANY, (_bulk(64, 64, 128, 4, 12), _bulk(128, 64, 128, 4, 9), _bulk(128, 64, 128, 4, 4))),
+    (_ANY, (_bulk(64, 64, 128, 4, 12), _bulk(128, 64, 128, 4, 9), _bulk(128, 64, 128, 4, 3))),
 )
 
 
@@ -167,10 +168,14 @@ def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
     return next(one_wave, candidates[-1])
 
 
-def choose_splits(num_tiles: int, depth: int, num_sms: int, bulk: bool = False) -> int:
+def choose_splits(num_tiles: int, depth: int, num_sms: int, tile: Tile, group_size: int = 0) -> int:
     """Into how many parts to cut the inputs, so that no more SMs idle than must. Bulk tiles keep enough bytes under way
-    on half the SMs.
+    on half the SMs; with scales of groups, steps take longer, and few rows want more programs.
     """
-    if bulk:
+    if tile.bulk and group_size and tile.block_m <= 16:
+        return max(1, min(-(-num_sms // num_tiles), depth // _MIN_FEW_DEPTH, 3))
+    if tile.bulk and group_size:
+        return max(1, min(num_sms // num_tiles, depth // _MIN_GROUPED_DEPTH))
+    if tile.bulk:
         return max(1, min((num_sms // num_tiles + 1) // 2, depth // _MIN_BULK_DEPTH))
     return max(1, min(num_sms // num_tiles, depth // _MIN_DEPTH))

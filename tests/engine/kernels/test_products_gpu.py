@@ -220,6 +220,27 @@ def test_w8a8_matmul(model, stored, group, num_rows):
             close_in_fp8(got, expected, k)
 
 
+@pytest.mark.parametrize("num_rows", [256, 257, 300, 1003])
+@pytest.mark.parametrize("model", LINEARS)
+def test_w8a8_matmul_with_scales_of_blocks(model, num_rows):
+    """On sm_90 torch multiplies from LIBRARY_BLOCK_ROWS rows on, but for the last of an odd number."""
+    if not fp8_products():
+        pytest.skip("no FP8 products before sm_89")
+    for n, k, has_bias in matrices(model):
+        qdata, _ = stored_weight(n, k, 128, torch.float8_e4m3fn)
+        block_scale = torch.rand(n // 128, k // 128, device="cuda") / 1000
+        scale = block_scale.repeat_interleave(128, dim=0)
+        bias = torch.randn(n, device="cuda").bfloat16() if has_bias else None
+        tokens = kernels.quantize_tokens(torch.randn(num_rows, k, device="cuda").bfloat16(), torch.float8_e4m3fn, 128)
+        expected = reference.w8a8_matmul(*tokens, qdata, scale, bias, torch.float32, 128)
+        out = torch.full((num_rows, n), torch.nan, device="cuda").bfloat16()
+        for where in (None, out):
+            args = (*tokens, qdata, scale, bias, torch.bfloat16, 128, where, block_scale)
+            got = without_waiting(kernels.w8a8_matmul, *args)
+            close_in_fp8(got, expected, k)
+            assert where is None or got is where
+
+
 @pytest.mark.parametrize("num_rows", [1, 33, 600])
 @pytest.mark.parametrize(("stored", "group"), [(torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128)])
 @pytest.mark.parametrize("model", LINEARS)
