@@ -388,6 +388,21 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
     return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
 
 
+def added(
+    x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0
+) -> Tensor | None:
+    """x[M, K], residual[M, N], weight[N, K] -> residual + their product, which is that of `linear` where scale is None,
+    else of `weight_only_matmul`, in residual's memory; None where there is no such product: the norm then adds.
+
+    There is for the many rows on a GPU that the library multiplies. It rounds the sum once, not the product before.
+    """
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.added(x, residual, weight, scale, group_size)
+    return None
+
+
 def quantize_tokens(
     x: Tensor, dtype: torch.dtype, group_size: int = 0, pre_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
