@@ -165,8 +165,8 @@ def test_an_8_bit_product_is_written_where_it_is_asked_for(stored, num_rows):
 @pytest.mark.parametrize("num_rows", [1, 256, 257, 1000])
 @pytest.mark.parametrize("model", LINEARS)
 def test_a_product_is_added_to_a_residual(model, num_rows, group):
-    """By the library, in the residual's place, and rounded once; not where the products are ours. group: of an INT8
-    weight, None of one in 16 bits.
+    """By the library, in the residual's place; not where the products are ours. The product may be rounded before the
+    sum is. group: of an INT8 weight, None of one in 16 bits.
     """
     for n, k, _ in matrices(model):
         x, weight = torch.randn(num_rows, k, device="cuda").bfloat16(), torch.randn(n, k, device="cuda").bfloat16()
@@ -182,7 +182,8 @@ def test_a_product_is_added_to_a_residual(model, num_rows, group):
             assert got is None
         else:
             assert got.data_ptr() == residual.data_ptr()
-            close(got, expected)
+            bound = 4e-3 * (expected.abs() + product.abs()) + 2e-4 * product.std()
+            assert ((got.float() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(
