@@ -1,9 +1,11 @@
-"""CUDA graphs of small mixed batches: prefill beside decode in one launch, so that neither waits for the host.
+"""CUDA graphs of small mixed batches: prefill beside decode in one launch, so that neither waits for the host. And of
+full batches of prompts alone, whose kernels in 8 bits take less time than the host to launch them.
 
 A graph has room for so many decoding sequences and so many prefill tokens; a batch runs in the smallest one that holds
 it. Tokens lie in two parts, decodes first, each padded: a padding token has position -1 and stores nothing, a
-padding sequence has no context, a padding tile belongs to a sequence without queries. The graph ends with the hidden
-states of each sequence's last token; head and sampling follow for those that are sampled.
+padding sequence has no context, a padding tile belongs to a sequence without queries. Over an 8-bit cache there are two
+graphs of each kind, as short contexts are widened once (`kernels.WIDENED_CONTEXT`) and others in each tile. The graph
+ends with the hidden states of each sequence's last token; head and sampling follow for those that are sampled.
 
 All inputs are one int32 vector, so that a step costs one copy: see `Layout`.
 """
@@ -19,14 +21,16 @@ import torch
 from torch import Tensor
 
 from engine.batch import Assembled, Ints, Tables, decode_plan, finish_assembly
-from engine.kernels import PREFILL_TILE, AttentionPlan, KVCache, plan_tiles
+from engine.kernels import PREFILL_TILE, WIDENED_CONTEXT, AttentionPlan, KVCache, plan_tiles
 from engine.models.qwen import Batch, Qwen, Wanted
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 
 DECODES = (16, 64, 256)  # sequences with one token
 TOKENS = (128, 256, 512, 768, 1024, 1536, 2048)  # of all other sequences together
-MAX_PREFILLS = 16  # sequences with more than one token
+MAX_PREFILLS = 16  # sequences with more than one token, or one for each 256 tokens
+FULL = 31 / 32  # of the tokens of a full batch's graph, at least: padding would cost more than the host does
+MAX_FULL = 8192  # tokens of a full batch that has a graph: it keeps the memory of its activations
 
 Record = Callable[[Callable[[], None]], torch.cuda.CUDAGraph]
 
@@ -35,12 +39,33 @@ Record = Callable[[Callable[[], None]], torch.cuda.CUDAGraph]
 class Layout:
     """Where the inputs of a graph for D decodes and T prefill tokens lie in its int32 vector.
 
-    N = D + T tokens; S = D + MAX_PREFILLS + 1 sequences, the last one always padding; each piece starts on 16 bytes:
-    token_rows [N], positions [N], rows [S], query_starts [S + 1], contexts [S], tiles [num_tiles, 2].
+    N = D + T tokens; S = D + P + 1 sequences, the last one always padding; each piece starts on 16 bytes: token_rows
+    [N], positions [N], rows [S], query_starts [S + 1], contexts [S], tiles [num_tiles, 2]. widens: what the contexts of
+    the P sequences are together at most is so little that an 8-bit one is widened once.
     """
 
     num_decodes: int
     num_tokens: int
+    widens: bool = False
+
+    @property
+    def num_prefills(self) -> int:
+        """P: sequences with more than one token, at most."""
+        return max(MAX_PREFILLS, self.num_tokens // 256)
+
+    @property
+    def most_context(self) -> int | None:
+        return WIDENED_CONTEXT * self.num_tokens if self.widens else None
+
+    def holds(self, num_decodes: int, num_prefills: int, num_tokens: int, context: int) -> bool:
+        """Whether such a batch runs in this graph. context: of its prefills together."""
+        return (
+            num_decodes <= self.num_decodes
+            and num_prefills <= self.num_prefills
+            and num_tokens <= self.num_tokens
+            and (self.num_decodes > 0 or num_tokens >= FULL * self.num_tokens)
+            and (not self.widens or context <= WIDENED_CONTEXT * self.num_tokens)
+        )
 
     @property
     def total_tokens(self) -> int:
@@ -48,16 +73,16 @@ class Layout:
 
     @property
     def num_sequences(self) -> int:
-        return self.num_decodes + MAX_PREFILLS + 1
+        return self.num_decodes + self.num_prefills + 1
 
     @property
     def num_outputs(self) -> int:
         """Hidden states: one a sequence, without the last one."""
-        return self.num_decodes + MAX_PREFILLS
+        return self.num_decodes + self.num_prefills
 
     @property
     def num_tiles(self) -> int:
-        return self.num_tokens // PREFILL_TILE + MAX_PREFILLS
+        return self.num_tokens // PREFILL_TILE + self.num_prefills
 
     @property
     def sizes(self) -> list[int]:
@@ -104,21 +129,27 @@ class Layout:
         return vector.numpy()
 
 
-def mixed_layouts(max_num_seqs: int, max_len: int) -> list[Layout]:
-    """The layouts that are captured for up to so many sequences of up to `max_len` tokens."""
+def mixed_layouts(max_num_seqs: int, max_len: int, budget: int) -> list[Layout]:
+    """The layouts that are captured for up to so many sequences of up to `max_len` tokens, and steps of `budget`."""
     decodes = [d for d in DECODES if d < max_num_seqs] + [min(max_num_seqs, DECODES[-1])]
-    return [Layout(d, t) for d in decodes for t in TOKENS if t <= max_len]
+    sizes = [(d, t) for d in decodes for t in TOKENS if t <= max_len] + [(0, budget)] * (budget <= MAX_FULL)
+    return [Layout(d, t, widens) for d, t in sizes for widens in (False, True)]
 
 
 class MixedGraphs:
     """Captured forwards of every variant for each `Layout`."""
 
     def __init__(
-        self, models: dict[str, Qwen], tables: Tables, kv: dict[str, list[KVCache]], block_sizes: dict[str, int]
+        self,
+        models: dict[str, Qwen],
+        tables: Tables,
+        kv: dict[str, list[KVCache]],
+        block_sizes: dict[str, int],
+        budget: int,
     ) -> None:
         self.models, self.tables, self.kv, self.block_sizes = models, tables, kv, block_sizes
         self._spare = tables.tokens.shape[0] - 1
-        self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1)
+        self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1, budget)
         largest = max(self.layouts, key=lambda x: x.length, default=Layout(0, 0))
         num_outputs = max((x.num_outputs for x in self.layouts), default=0)
         device = tables.tokens.device
@@ -136,7 +167,9 @@ class MixedGraphs:
 
     @torch.inference_mode()
     def capture_one(self, variant: str, layout: Layout, record: Record) -> None:
-        """Capture one variant's forward, between steps or at start."""
+        """Capture one variant's forward, between steps or at start. Contexts in 16 bits need no widening."""
+        if layout.widens and self.kv[variant][0].k_scale is None:
+            return
         self._vector[: layout.length].copy_(to_device(layout.pack([], self._spare), self._vector.device))
         self._graphs[variant, layout] = record(partial(self._run, variant, layout))
 
@@ -158,10 +191,11 @@ class MixedGraphs:
             context_lens_host=longest,
             num_decodes=layout.num_decodes,
             tiles=tiles.view(-1, 2),
+            most_context=layout.most_context,
         )
         # A padding sequence's last token is another's: it has no context here, and nobody reads what comes out.
         n = layout.num_outputs
-        wanted = Wanted(query_starts[1 : n + 1] - 1, decode_plan(rows[:n], contexts[:n], longest[:n]))
+        wanted = Wanted((query_starts[1 : n + 1] - 1).clamp(min=0), decode_plan(rows[:n], contexts[:n], longest[:n]))
         batch = Batch(
             token_ids=tables.tokens[row, where],
             positions=where.int(),
@@ -174,18 +208,13 @@ class MixedGraphs:
 
     def layout_for(self, variant: str, scheduled: list[Scheduled]) -> Layout | None:
         """The smallest graph that holds this batch; None where none is captured, or prompt logprobs are owed."""
-        prefills = [s.num_tokens for s in scheduled if s.num_tokens > 1]
-        if len(prefills) > MAX_PREFILLS or any(
-            s.sequence.next_prompt_logprob < s.sequence.prompt_len for s in scheduled
-        ):
+        if any(s.sequence.next_prompt_logprob < s.sequence.prompt_len for s in scheduled):
             return None
-        num_decodes, num_tokens = len(scheduled) - len(prefills), sum(prefills)
-        fits = (
-            x
-            for x in self.layouts
-            if x.num_decodes >= num_decodes and x.num_tokens >= num_tokens and (variant, x) in self._graphs
-        )
-        return min(fits, key=lambda x: x.total_tokens, default=None)
+        prefills = [s for s in scheduled if s.num_tokens > 1]
+        num_tokens = sum(s.num_tokens for s in prefills)
+        batch = (len(scheduled) - len(prefills), len(prefills), num_tokens, num_tokens + sum(s.start for s in prefills))
+        fits = (x for x in self.layouts if x.holds(*batch) and (variant, x) in self._graphs)
+        return min(fits, key=lambda x: (x.total_tokens, not x.widens), default=None)
 
     def forward(self, variant: str, scheduled: list[Scheduled], layout: Layout) -> tuple[Tensor, Assembled]:
         """Replay; hidden states [N, H] of the tokens that are sampled."""

@@ -145,7 +145,9 @@ class Runner:
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
             self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size)
             self.graphs.capture()
-            self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes)
+            self.mixed_graphs = MixedGraphs(
+                self.models, self.tables, self.kv, self.block_sizes, config.max_num_batched_tokens
+            )
             self.mixed_graphs.capture(self.graphs.record)
             taken = free - torch.cuda.mem_get_info(self.device)[0]
             planned = sum(size for name, size in self.plan.reserves.items() if "CUDA graphs" in name)
@@ -167,7 +169,9 @@ class Runner:
         batch = prefill_batch(spare, min(num_rows, self.max_model_len), self.tables)
         batches = [batch]
         if num_rows == WARM_UP_ROWS[-1]:
-            contexts = batch.plan.context_lens_host + self.max_model_len  # of a later part of a prompt: see `kv_widen`
+            contexts = (
+                batch.plan.context_lens_host + kernels.WIDENED_CONTEXT * num_rows
+            )  # so late in a prompt that it is not widened
             batches.append(replace(batch, plan=replace(batch.plan, context_lens_host=contexts)))
             for size in (1, self.config.max_num_seqs):
                 rows = torch.full((size,), spare, dtype=torch.int32, device=self.device)

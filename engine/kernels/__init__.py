@@ -27,6 +27,7 @@ __all__ = [
     "KVCache",
     "Quantised",
     "add_rms_norm",
+    "added",
     "attention",
     "decode_inputs",
     "digits_matmul",
@@ -51,6 +52,9 @@ __all__ = [
 PROGRAMS_PER_SM = 13  # of decode attention, from which on they do not all run at once: measured on an H200
 LARGEST_TOP_K = 64  # up to which the kernels rank themselves
 PREFILL_TILE = 64  # queries of one sequence in one entry of AttentionPlan.tiles
+WIDENED_CONTEXT = (
+    2  # positions of 8-bit context for each query, at most, that prefill widens beforehand: see `kv_widen`
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class AttentionPlan:
     output is zeros. query_lens_host, context_lens_host: [B], the same on the host; the kernels only size their grids
     by them (a captured graph may hold larger contexts than the device has). num_decodes: the first so many sequences
     have one query token. tiles: [num_tiles, 2] int32 (sequence, first query offset), `plan_tiles` of the sequences past
-    num_decodes.
+    num_decodes. most_context: what the contexts of those are together at most, where that is not context_lens_host's
+    sum.
     """
 
     rows: Tensor
@@ -72,6 +77,7 @@ class AttentionPlan:
     context_lens_host: npt.NDArray[np.int32]
     num_decodes: int
     tiles: Tensor
+    most_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -398,6 +404,21 @@ def gated_codes(x: Quantised, weight: Tensor, scale: Tensor) -> Tensor | None:
     from engine.kernels import matmul
 
     return matmul.gated_codes(x.qdata, x.scale, weight, scale, x.dtype)
+
+
+def added(
+    x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0
+) -> Tensor | None:
+    """x[M, K], residual[M, N], weight[N, K] -> residual + their product, which is that of `linear` where scale is None,
+    else of `weight_only_matmul`, in residual's memory; None where there is no such product: the norm then adds.
+
+    There is for the many rows on a GPU that the library multiplies, which may round the product before it adds, or not.
+    """
+    if x.is_cuda:
+        from engine.kernels import matmul
+
+        return matmul.added(x, residual, weight, scale, group_size)
+    return None
 
 
 def quantize_tokens(

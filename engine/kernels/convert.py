@@ -49,40 +49,46 @@ def widen(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantize_values(raw, dtype: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr):
-    """One token's raw[PARTS, SPAN], 0 past its end -> codes in `dtype`, scale[PARTS], one for all where GROUPS is 1.
+def divide(value, divisor):
+    """value[M, N] / divisor[M, 1] in fp32, where a divisor of 0 counts as 1.
+
+    By one reciprocal and a correction: rounded as a division is (Markstein, 1990), where no remainder is lost to
+    underflow, so tiny divisors are lifted first. The correction of a zero is a zero of its sign.
+    """
+    lift = tl.where(divisor < 2.0**-60, 2.0**64, 1.0)
+    divisor = tl.where(divisor == 0.0, 1.0, divisor * lift)
+    inverse = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    value *= lift
+    quotient = value * inverse
+    excess = tl.fma(quotient, tl.broadcast_to(divisor, value.shape), -value)
+    return tl.fma(excess, tl.broadcast_to(-inverse, value.shape), quotient)
+
+
+@triton.jit
+def quantize_values(raw, largest, dtype: tl.constexpr):
+    """raw[PARTS, SPAN], the largest magnitude [PARTS] of what shares a scale -> codes in `dtype`, scale[PARTS].
 
     Kernels that call this are compiled without fusing products into additions, which would move codes at ties.
     """
     value = raw.to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=1)  # [PARTS]
-    if GROUPS == 1:
-        largest = tl.zeros((PARTS,), tl.float32) + tl.max(largest, axis=0)
-    limit = tl.full((PARTS,), 127.5 if dtype == tl.int8 else 448.0, tl.float32)
+    limit = tl.full(largest.shape, 127.5 if dtype == tl.int8 else 448.0, tl.float32)
     scale = tl.div_rn(largest, limit).to(raw.dtype).to(tl.float32)
     if dtype == tl.int8:
         scale = tl.maximum(scale, 1.1920928955078125e-07)  # 2^-23
-        value = value * tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), scale)[:, None]
+        value = value * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
         value = tl.minimum(tl.maximum((value + _ROUND) - _ROUND, -128.0), 127.0)
     else:
-        # Divided by one reciprocal and a correction: rounded as a division is (Markstein, 1990), where no remainder is
-        # lost to underflow, so tiny scales are lifted first. The correction would turn -0 into 0.
-        lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
-        divisor = tl.where(scale == 0.0, 1.0, scale * lift)
-        inverse = tl.broadcast_to(tl.div_rn(tl.full((PARTS,), 1.0, tl.float32), divisor)[:, None], (PARTS, SPAN))
-        value *= lift[:, None]
-        quotient = value * inverse
-        excess = tl.fma(quotient, tl.broadcast_to(divisor[:, None], (PARTS, SPAN)), -value)
-        value = tl.where(quotient == 0.0, quotient, tl.fma(-excess, inverse, quotient))
-        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+        value = divide(value, scale[:, None])  # what rounding the scale puts above 448 is 448 in FP8, too
     return value.to(dtype), scale
 
 
 @triton.jit
-def split_values(raw, dtype: tl.constexpr):
-    """One token's raw values -> their high and low digits in `dtype`, and the scale. Compiled as `quantize_values`."""
+def split_values(raw, largest, dtype: tl.constexpr):
+    """raw values of one token, its largest magnitude -> their high and low digits in `dtype`, and the scale. Compiled
+    as `quantize_values`.
+    """
     value = raw.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(value), axis=1), axis=0), SMALLEST)
+    largest = tl.maximum(largest, SMALLEST)
     if dtype == tl.int8:
         scale = tl.div_rn(largest, 127.0)
         value *= tl.div_rn(1.0, scale)
@@ -98,16 +104,44 @@ def split_values(raw, dtype: tl.constexpr):
 
 
 @triton.jit
+def store_codes(
+    chunks, qdata, scales, row, K, PARTS: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, DIGITS: tl.constexpr
+):
+    """Quantise a token of K values, which come in chunks [PARTS, SPAN], 0 past its end: a part is a group where there
+    are several, and two digits have one scale.
+    """
+    k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    largest = tl.zeros((PARTS,), tl.float32)
+    if GROUPS == 1:
+        for i in tl.static_range(len(chunks)):
+            largest = tl.maximum(largest, tl.max(tl.abs(chunks[i].to(tl.float32)), axis=1))
+        largest = tl.zeros((PARTS,), tl.float32) + tl.max(largest, axis=0)
+    for i in tl.static_range(len(chunks)):
+        at, part = i * PARTS * SPAN + k, i * PARTS + tl.arange(0, PARTS)
+        if DIGITS == 2:
+            high, low, scale = split_values(chunks[i], tl.max(largest, axis=0), qdata.dtype.element_ty)
+            tl.store(qdata + 2 * row * K + at, high, mask=at < K)
+            tl.store(qdata + (2 * row + 1) * K + at, low, mask=at < K)
+            if i == 0:
+                tl.store(scales + row, scale)
+        else:
+            if GROUPS > 1:
+                largest = tl.max(tl.abs(chunks[i].to(tl.float32)), axis=1)
+            code, scale = quantize_values(chunks[i], largest, qdata.dtype.element_ty)
+            tl.store(qdata + row * K + at, code, mask=at < K)
+            if GROUPS > 1 or i == 0:
+                tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
+
+
+@triton.jit
 def split_tokens_kernel(x, qdata, scales, K, PARTS: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    high, low, scale = split_values(tl.load(x + row * K + k, mask=k < K, other=0.0), qdata.dtype.element_ty)
-    tl.store(qdata + 2 * row * K + k, high, mask=k < K)
-    tl.store(qdata + (2 * row + 1) * K + k, low, mask=k < K)
-    tl.store(scales + row, scale)
+    raw = tl.load(x + row * K + k, mask=k < K, other=0.0)
+    store_codes((raw,), qdata, scales, row, K, PARTS, SPAN, 1, 2)
 
 
 @triton.jit
@@ -124,17 +158,14 @@ def quantize_tokens_kernel(
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    k = part[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
+    k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     raw = tl.load(x + row * K + k, mask=k < K, other=0.0)
     if SMOOTH:
         raw = raw.to(tl.float32) * tl.load(pre_scale + k, mask=k < K, other=0.0)
-    code, scale = quantize_values(raw, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
-    tl.store(qdata + row * K + k, code, mask=k < K)
-    tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
+    store_codes((raw,), qdata, scales, row, K, PARTS, SPAN, GROUPS, 1)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels import AttentionPlan, KVCache, chip
 from engine.kernels.kv_codes import LOG2_E, check_attention, exponents, fit_fp16, widen, widen_pairs
 from engine.kernels.reference import SMALLEST_KV
-from engine.kernels.rope import check_heads, rotate, store_heads
+from engine.kernels.rope import check_heads, quantise_heads, rotate, store_heads
 
 MAX_SPLITS = 32
 MIN_SPLIT = 32  # positions; below this joining costs more than the split gains, at any number of programs
@@ -176,23 +176,13 @@ def decode_kernel(
         wide_1, wide_2 = q_1.to(tl.float32), q_2.to(tl.float32)
         q_1, q_2 = rotate(wide_1, wide_2, q_gain_1, q_gain_2, q_cos, q_sin, eps, NORM, dtype)  # [ROWS, D/2]
         if split == max(used, 1) - 1:  # its part ends with the context
-            store_heads(
-                tl.where(is_v, kv_1, k_1),
-                tl.where(is_v, kv_2, k_2),
-                tl.zeros((2, 1), tl.int32) + kv_head,
-                (is_v == 0) & (slot >= 0),
-                is_v & (slot >= 0),
-                slot,
-                k_cache,
-                v_codes,
-                k_scale,
-                v_scale,
-                k_stride,
-                BLOCK_SIZE,
-                HKV,
-                KIND,
-                SMALLEST,
+            new_1, new_2, factor = quantise_heads(
+                tl.where(is_v, kv_1, k_1), tl.where(is_v, kv_2, k_2), KIND, SMALLEST, FAST
             )
+            own_head = tl.zeros((2, 1), tl.int32) + kv_head
+            stored_k, stored_v = (is_v == 0) & (slot >= 0), is_v & (slot >= 0)
+            store_heads(new_1, new_2, factor, own_head, stored_k, slot, k_cache, k_scale, k_stride, BLOCK_SIZE, HKV)
+            store_heads(new_1, new_2, factor, own_head, stored_v, slot, v_codes, v_scale, k_stride, BLOCK_SIZE, HKV)
             tl.debug_barrier()  # every thread's part is stored before another one reads it
         # Columns past G repeat heads, which nothing reads.
         q_tile = tl.reshape(tl.permute(tl.join(q_1, q_2), (2, 1, 0)), (D, 1, ROWS))

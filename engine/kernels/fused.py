@@ -1,7 +1,8 @@
 """Triton kernels of the element-wise operations: each is one pass over its inputs. Twins and letters as in `__init__`.
 
-A program handles one token (norms) or one stretch of one token (silu). Arithmetic is
-fp32; values are rounded to the tensor's dtype exactly where the twins round.
+A program handles one token (norms) or one stretch of one token (silu). Of many tokens the last one is first: a product
+writes from the first token to the last, so what it wrote last is still in L2, and what is written last here is what the
+next product begins with. Arithmetic is fp32; values are rounded to the tensor's dtype exactly where the twins round.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -24,7 +25,7 @@ _SILU_BLOCK = 1024
 def rms_norm_kernel(
     x, residual, weight, out, total, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * H
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
     offset = tl.arange(0, BLOCK)
     mask = offset < H
     gain = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
@@ -54,8 +55,10 @@ def silu_mul_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
+    STRETCHES: tl.constexpr = (I + BLOCK - 1) // BLOCK
+    token = (number // STRETCHES).to(tl.int64)
+    offset = number % STRETCHES * BLOCK + tl.arange(0, BLOCK)
     mask = offset < I
     gate = tl.load(gate_up + token * 2 * I + offset, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * I + I + offset, mask=mask, other=0.0).to(tl.float32)
@@ -88,7 +91,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     assert width % 2 == 0
     out = gate_up.new_empty(num_tokens, width // 2)
     if num_tokens:
-        grid = (num_tokens, triton.cdiv(width // 2, _SILU_BLOCK))
+        grid = (num_tokens * triton.cdiv(width // 2, _SILU_BLOCK),)
         silu_mul_kernel[grid](gate_up, out, I=width // 2, BLOCK=_SILU_BLOCK, **chip.dependent_launch(gate_up.device))
     return out
 

@@ -1,12 +1,12 @@
 """Triton kernels that produce activations already in 8 bits: `fused`'s norms and silu, then `quantize_tokens`.
 
-A program handles one token. Values are rounded to the compute dtype where the separate kernels write them out, so that
-codes and scales are those of the two kernels one after the other. What is saved is a launch, and writing and reading
-the activations in the compute dtype.
+A program handles one token, the last one first as in `fused`. Values are rounded to the compute dtype where the
+separate kernels write them out, so that codes and scales are those of the two kernels one after the other. What is
+saved is a launch, and writing and reading the activations in the compute dtype.
 """
 
 # Triton is untyped: a jitted function has no Python types.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -17,33 +17,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import Codes, Quantised, chip
-from engine.kernels.convert import cut, empty_codes, quantize_values, smooths, split_values
+from engine.kernels.convert import cut, empty_codes, smooths, store_codes
 from engine.kernels.fused import check_rows
 
-
-@triton.jit
-def _store_codes(
-    value,
-    qdata,
-    scales,
-    row,
-    k,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPAN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DIGITS: tl.constexpr,
-):
-    if DIGITS == 2:
-        high, low, scale = split_values(value, qdata.dtype.element_ty)
-        tl.store(qdata + 2 * row * K + k, high, mask=k < K)
-        tl.store(qdata + (2 * row + 1) * K + k, low, mask=k < K)
-        tl.store(scales + row, scale)
-    else:
-        code, scale = quantize_values(value, qdata.dtype.element_ty, PARTS, SPAN, GROUPS)
-        tl.store(qdata + row * K + k, code, mask=k < K)
-        part = tl.arange(0, PARTS)
-        tl.store(scales + row * GROUPS + part, scale, mask=part < GROUPS)
+_CHUNK = 2048  # values of a token that silu takes at a time
 
 
 @triton.jit
@@ -65,7 +42,7 @@ def norm_quantize_kernel(
     DIGITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
     mask = k < H
     gain = tl.load(weight + k, mask=mask, other=0.0).to(tl.float32)
@@ -83,7 +60,7 @@ def norm_quantize_kernel(
     normed = (gain * (value * scale).to(dtype).to(tl.float32)).to(dtype)
     if SMOOTH:
         normed = normed.to(tl.float32) * tl.load(pre_scale + k, mask=mask, other=0.0)
-    _store_codes(normed, qdata, scales, row, k, H, PARTS, SPAN, GROUPS, DIGITS)
+    store_codes((normed,), qdata, scales, row, H, PARTS, SPAN, GROUPS, DIGITS)
 
 
 @triton.jit
@@ -94,26 +71,33 @@ def silu_mul_quantize_kernel(
     scales,
     I: tl.constexpr,  # noqa: E741 (the legend's letter)
     SMOOTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     DIGITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     k = tl.arange(0, PARTS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]  # [PARTS, SPAN]
-    mask = k < I
+    dtype = gate_up.dtype.element_ty
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    gate = tl.load(gate_up + row * 2 * I + k, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * I + I + k, mask=mask, other=0.0).to(tl.float32)
-    dtype = gate_up.dtype.element_ty
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    product = (silu * up).to(dtype)
-    if SMOOTH:
-        product = product.to(tl.float32) * tl.load(pre_scale + k, mask=mask, other=0.0)
-    _store_codes(product, qdata, scales, row, k, I, PARTS, SPAN, GROUPS, DIGITS)
+    gates, ups, products = (), (), ()
+    for i in tl.static_range(CHUNKS):  # all loads first
+        at = i * PARTS * SPAN + k
+        gates += (tl.load(gate_up + row * 2 * I + at, mask=at < I, other=0.0),)
+        ups += (tl.load(gate_up + row * 2 * I + I + at, mask=at < I, other=0.0),)
+    for i in tl.static_range(CHUNKS):
+        at = i * PARTS * SPAN + k
+        gate = gates[i].to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        product = (silu * ups[i].to(tl.float32)).to(dtype)
+        if SMOOTH:
+            product = product.to(tl.float32) * tl.load(pre_scale + at, mask=at < I, other=0.0)
+        products += (product,)
+    store_codes(products, qdata, scales, row, I, PARTS, SPAN, GROUPS, DIGITS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes) -> Quantised:
@@ -135,7 +119,7 @@ def silu_mul(gate_up: Tensor, codes: Codes) -> Quantised:
     assert width % 2 == 0
     qdata, scale = empty_codes(gate_up, width // 2, codes)
     if num_tokens:
-        parts, span, warps = cut(width // 2, codes.group_size)
+        chunks, parts, span = _chunks(width // 2, codes.group_size)
         silu_mul_quantize_kernel[(num_tokens,)](
             gate_up,
             gate_up if codes.pre_scale is None else codes.pre_scale,
@@ -143,15 +127,23 @@ def silu_mul(gate_up: Tensor, codes: Codes) -> Quantised:
             scale,
             I=width // 2,
             SMOOTH=smooths(codes.pre_scale, width // 2),
+            CHUNKS=chunks,
             PARTS=parts,
             SPAN=span,
             GROUPS=scale.shape[1],
             DIGITS=codes.digits,
-            num_warps=warps,
+            num_warps=8,
             enable_fp_fusion=False,
             **chip.dependent_launch(gate_up.device),
         )
     return Quantised(qdata, scale, gate_up.dtype)
+
+
+def _chunks(width: int, group_size: int) -> tuple[int, int, int]:
+    """(CHUNKS, PARTS, SPAN) for one token of `width` values: chunks of about 2,048, so that few are past its end."""
+    span = group_size or 128
+    parts = min(triton.next_power_of_2(triton.cdiv(width, span)), max(_CHUNK // span, 1))
+    return triton.cdiv(width, parts * span), parts, span
 
 
 def _norm(

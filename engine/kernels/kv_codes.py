@@ -128,14 +128,16 @@ def exponents(scale):
 
 
 @triton.jit
-def encode(value, KIND: tl.constexpr):
-    """fp32 values within an 8-bit type's range -> their codes, rounded half to even.
+def encode(value, KIND: tl.constexpr, FAST: tl.constexpr):
+    """fp32 values within an 8-bit type's range -> their codes, rounded half to even. FAST: by the hardware if it can.
 
     int8 is read off the mantissa of value + 1.5 * 2^23. An e4m3 number of 2^-6 and more is the upper bits of the fp32
     number, rebiased; below, the codes count multiples of 2^-9: the mantissa of value + 2^14.
     """
     if KIND == "int8":
         return ((value + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    if FAST and cuda_capability_geq(8, 9):
+        return value.to(tl.float8e4nv).to(tl.int8, bitcast=True)
     size = tl.abs(value)
     bits = size.to(tl.int32, bitcast=True)
     large = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels import AttentionPlan, KVCache, chip
+from engine.kernels import WIDENED_CONTEXT, AttentionPlan, KVCache, chip
 from engine.kernels.kv_codes import check_cache, widen
 
 _ROWS = 64  # heads of tokens a program
 _MAX_SEQUENCES = 1024
 
 
-@triton.jit(do_not_specialize=["num_decodes"], do_not_specialize_on_alignment=["rows", "context_lens"])
+@triton.jit(do_not_specialize=["num_decodes", "num_sequences"], do_not_specialize_on_alignment=["rows", "context_lens"])
 def widen_kernel(
     k_cache,
     v_cache,
@@ -42,6 +41,7 @@ def widen_kernel(
     table_stride,
     block_stride,
     num_decodes,
+    num_sequences,  # past num_decodes
     BLOCK_SIZE: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -54,24 +54,26 @@ def widen_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    part, number, own = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = num_decodes + own
-    context = tl.load(context_lens + sequence)
-    if number * BLOCK_SIZE >= context:
-        return
+    part, number = tl.program_id(0), tl.program_id(1)  # number: of a block among those of all contexts
     others = tl.arange(0, MAX_SEQUENCES)
-    before = tl.load(context_lens + others, mask=(others >= num_decodes) & (others < sequence), other=0)
-    target = tl.sum(tl.cdiv(before, BLOCK_SIZE), axis=0) + number
+    contexts = tl.load(context_lens + num_decodes + others, mask=others < num_sequences, other=0)
+    counts = tl.cdiv(contexts, BLOCK_SIZE)
+    own = tl.sum((tl.cumsum(counts, axis=0) <= number).to(tl.int32), axis=0)
+    if own >= num_sequences:
+        return
+    first = number - tl.sum(tl.where(others < own, counts, 0), axis=0)  # the block's place in its context
+    context = tl.load(context_lens + num_decodes + own)
+    sequence = num_decodes + own
     if part == 0:
-        tl.store(tables_out + own * table_stride + number, target)
+        tl.store(tables_out + own * table_stride + first, number)
         tl.store(rows_out + sequence, own)
-    block = tl.load(block_tables + tl.load(rows + sequence).to(tl.int64) * table_stride + number).to(tl.int64)
+    block = tl.load(block_tables + tl.load(rows + sequence).to(tl.int64) * table_stride + first).to(tl.int64)
     row, d = part * ROWS + tl.arange(0, ROWS), tl.arange(0, D)  # a row: a head of a token
     token, head = row // HKV, row % HKV
-    exists = (token < BLOCK_SIZE) & (number * BLOCK_SIZE + token < context)
+    exists = (token < BLOCK_SIZE) & (first * BLOCK_SIZE + token < context)
     source = block * block_stride + row[:, None] * D + d[None, :]
     scale = (block * HKV + head) * BLOCK_SIZE + token
-    place = target.to(tl.int64) * (BLOCK_SIZE * HKV * D) + row[:, None] * D + d[None, :]
+    place = number.to(tl.int64) * (BLOCK_SIZE * HKV * D) + row[:, None] * D + d[None, :]
     k = widen(tl.load(k_cache + source, mask=exists[:, None], other=0), KIND, FAST).to(tl.float32)
     v = widen(tl.load(v_cache + source, mask=exists[:, None], other=0), KIND, FAST).to(tl.float32)
     k *= tl.load(k_scale + scale, mask=exists, other=0.0)[:, None]
@@ -80,15 +82,19 @@ def widen_kernel(
     tl.store(v_out + place, v.to(v_out.dtype.element_ty), mask=exists[:, None])
 
 
-def widening_pays(q: Tensor, cache: KVCache, plan: AttentionPlan) -> bool:
-    """Whether the contexts past num_decodes are few enough to widen: about as many as there are queries.
-
-    That is so for prompts that begin in this batch; and what a batch of so many tokens needs at most is then known.
+def widening_pays(q: Tensor, plan: AttentionPlan) -> bool:
+    """Whether the contexts past num_decodes are few enough to widen: for prompts that begin in this batch or the one
+    before. What a batch of so many tokens needs at most is then known.
     """
-    block_size, contexts = cache.k.shape[1], plan.context_lens_host[plan.num_decodes :]
-    tokens = int((-(-contexts // block_size)).sum()) * block_size
-    queries = q.shape[0] - plan.num_decodes
-    return q.itemsize == 2 and len(plan.rows) <= _MAX_SEQUENCES and tokens <= queries + len(contexts) * block_size
+    most = WIDENED_CONTEXT * (q.shape[0] - plan.num_decodes)
+    return q.itemsize == 2 and len(plan.rows) <= _MAX_SEQUENCES and _context(plan) <= most
+
+
+def _context(plan: AttentionPlan) -> int:
+    """Positions past num_decodes, at most."""
+    if plan.most_context is not None:
+        return plan.most_context
+    return int(plan.context_lens_host[plan.num_decodes :].sum())
 
 
 def widened(
@@ -100,13 +106,13 @@ def widened(
     """
     kind, k_cache, v_cache, k_scale, v_scale = check_cache(cache, dtype)
     _, block_size, num_kv_heads, head_dim = k_cache.shape
-    counts = -(-plan.context_lens_host[plan.num_decodes :] // block_size)
-    max_blocks = max(1, int(np.max(counts)))
-    pool = torch.empty((2, int(counts.sum()), *k_cache.shape[1:]), dtype=dtype, device=k_cache.device)
+    num_sequences = len(plan.rows) - plan.num_decodes
+    num_blocks = _context(plan) // block_size + num_sequences
+    pool = torch.empty((2, num_blocks, *k_cache.shape[1:]), dtype=dtype, device=k_cache.device)
     # Rows as far apart as in the tables that prefill is given otherwise, so that it is compiled once.
-    tables = block_tables.new_empty(len(counts), block_tables.stride(0))
+    tables = block_tables.new_empty(num_sequences, block_tables.stride(0))
     rows = torch.empty_like(plan.rows)
-    widen_kernel[(triton.cdiv(block_size * num_kv_heads, _ROWS), max_blocks, len(counts))](
+    widen_kernel[(triton.cdiv(block_size * num_kv_heads, _ROWS), num_blocks)](
         k_cache,
         v_cache,
         k_scale,
@@ -121,6 +127,7 @@ def widened(
         block_tables.stride(0),
         k_cache.stride(0),
         plan.num_decodes,
+        num_sequences,
         BLOCK_SIZE=block_size,
         HKV=num_kv_heads,
         D=head_dim,

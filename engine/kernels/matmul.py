@@ -233,6 +233,19 @@ def gated_codes(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype
     return multiply(x, x_scale, weight, scale, None, dtype, 0, gated=True)
 
 
+def added(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor | None, group_size: int) -> Tensor | None:
+    """residual[M, N] += x[M, K] @ weight[N, K].T by the library, from so many rows on that no product of ours is taken;
+    None for fewer.
+    """
+    if x.shape[0] <= BULK_ROWS:
+        return None
+    assert residual.shape == (x.shape[0], weight.shape[0]) and residual.dtype == x.dtype
+    if scale is not None:
+        _check(x, weight, scale, None, group_size)
+        weight = dequantize(weight, scale, group_size, x.dtype)
+    return residual.addmm_(x, weight.t())
+
+
 def _bulk(x: Tensor, w: Tensor, width: int) -> bool:
     """Whether a bulk tile multiplies x[M, K] by rows of w[., K], to M x width of 16 bits."""
     aligned = x.data_ptr() % 16 == w.data_ptr() % 16 == 0

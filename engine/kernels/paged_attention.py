@@ -18,7 +18,7 @@ def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPl
     if plan.num_decodes:
         decode(q, cache, block_tables, plan, scale, _num_splits(cache, plan), out)
     if len(plan.tiles):
-        if cache.k_scale is not None and widening_pays(q, cache, plan):
+        if cache.k_scale is not None and widening_pays(q, plan):
             cache, block_tables, plan = widened(cache, block_tables, plan, q.dtype)
         prefill(q, cache, block_tables, plan, scale, out)
     return out

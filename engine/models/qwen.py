@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import kernels
 from engine.config import ModelConfig
 from engine.kernels import AttentionPlan, KVCache, Quantised
-from engine.quant.linear import Linear
+from engine.quant.linear import Linear, add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,13 @@ class Qwen:
         c = self.config
         scale = c.head_dim**-0.5
         residual = torch.nn.functional.embedding(batch.token_ids, self.embedding)  # [T, H]
-        down: Tensor | None = None  # [T, H], the layer before's
+        down: tuple[Linear, Tensor | Quantised] | None = None  # the layer before's, and what it takes [T, I]
         for layer, cache in zip(self.layers, kv, strict=True):
             x: Tensor | Quantised
             if down is None:
                 x = kernels.rms_norm(residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual))
             else:
-                x, residual = kernels.add_rms_norm(
-                    down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual)
-                )
+                x, residual = add_rms_norm(*down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual))
             new = (layer.qkv(x), layer.q_norm, layer.k_norm, c.rms_norm_eps, self.rotary)
             rest = (batch.positions, cache, batch.slots)
             wanted = batch.wanted if layer is self.layers[-1] else None
@@ -101,13 +99,15 @@ class Qwen:
                 else:
                     q = q.index_select(0, wanted.index)
                     attended = kernels.attention(q, cache, batch.block_tables, wanted.plan, scale)
-            out = layer.out(attended.view(-1, c.num_heads * c.head_dim))  # [T, H]
-            x, residual = kernels.add_rms_norm(
-                out, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)
+            flat = attended.view(-1, c.num_heads * c.head_dim)
+            x, residual = add_rms_norm(
+                layer.out, flat, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)
             )
-            down = layer.down(layer.gate_up.gated(x, layer.down.takes(residual)))
+            down = layer.down, layer.gate_up.gated(x, layer.down.takes(residual))
         assert down is not None
-        return kernels.add_rms_norm(down, residual, self.norm, c.rms_norm_eps)[0]
+        hidden, _ = add_rms_norm(*down, residual, self.norm, c.rms_norm_eps)
+        assert isinstance(hidden, Tensor)
+        return hidden
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [N, H] -> [N, V] in the computing dtype, written to `out` where it is given."""

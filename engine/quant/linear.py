@@ -35,6 +35,12 @@ class PlainLinear:
         assert isinstance(x, Tensor)
         return kernels.gated(x, self.weight)
 
+    def added(self, x: Tensor | Quantised, residual: Tensor) -> Tensor | None:
+        """residual[M, N] + the product, see `kernels.added`."""
+        if self.bias is not None or isinstance(x, Quantised):
+            return None
+        return kernels.added(x, residual, self.weight)
+
     @property
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.weight, self.bias) if t is not None]
@@ -74,6 +80,12 @@ class WeightOnlyLinear:
             return kernels.silu_mul(self(x), codes)
         return kernels.gated(x, self.qdata, self.scale, self.group_size)
 
+    def added(self, x: Tensor | Quantised, residual: Tensor) -> Tensor | None:
+        """residual[M, N] + the product, see `kernels.added`."""
+        if self.bias is not None or isinstance(x, Quantised):
+            return None
+        return kernels.added(x, residual, self.qdata, self.scale, self.group_size)
+
     @property
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.qdata, self.scale, self.bias) if t is not None]
@@ -109,6 +121,9 @@ class W8A8Linear:
         product = _gated_codes(x, self)
         return kernels.silu_mul(self(x), codes) if product is None else product
 
+    def added(self, x: Tensor | Quantised, residual: Tensor) -> Tensor | None:
+        """No 8-bit product adds a residual."""
+
     @property
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.qdata, self.scale, self.bias, self.pre_scale, self.block_scale) if t is not None]
@@ -122,3 +137,13 @@ def _gated_codes(x: Tensor | Quantised, linear: WeightOnlyLinear | W8A8Linear) -
     if not isinstance(x, Quantised) or linear.group_size or linear.bias is not None:
         return None
     return kernels.gated_codes(x, linear.qdata, linear.scale)
+
+
+def add_rms_norm(
+    linear: Linear, x: Tensor | Quantised, residual: Tensor, weight: Tensor, eps: float, codes: Codes | None = None
+) -> tuple[Tensor | Quantised, Tensor]:
+    """`kernels.add_rms_norm` of the product and residual[M, N], which may be overwritten -> (normed, the sum)."""
+    total = linear.added(x, residual)
+    if total is None:
+        return kernels.add_rms_norm(linear(x), residual, weight, eps, codes)
+    return kernels.rms_norm(total, weight, eps, codes), total

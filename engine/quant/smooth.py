@@ -66,6 +66,9 @@ class _Observed(PlainLinear):
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         return kernels.silu_mul(self(x), codes)
 
+    def added(self, x: Tensor | Quantised, residual: Tensor) -> Tensor | None:
+        """None: the product is this object's own call, which the observer sees."""
+
 
 def smoothing_for(
     config: EngineConfig,

@@ -117,7 +117,7 @@ def test_a_mixed_graph_gives_the_hidden_states_that_are_sampled(checkpoint: Chec
         patch.setattr(kernels, "attention", attention)
         patch.setattr(kernels, "rope_and_attend", rope_and_attend)
         runner = llm.engine.runner
-        graphs = MixedGraphs(runner.models, runner.tables, runner.kv, runner.block_sizes)
+        graphs = MixedGraphs(runner.models, runner.tables, runner.kv, runner.block_sizes, 150)
         graphs.capture(lambda work: SimpleNamespace(replay=work))  # type: ignore[arg-type, return-value]
         runner.mixed_graphs = graphs
         before = llm.engine.num_steps

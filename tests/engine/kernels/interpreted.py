@@ -272,7 +272,7 @@ def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
     """Three heads a token leave a remainder; blocks lie apart; one sequence has no context, one decodes."""
     lens, contexts = [1, 40, 0, 7, 70], [50, 40, 0, 39, 70]
     batch = paged_batch(lens, contexts, 1, heads=(3, 3, 64), block_size=32, dtype=torch.float16, kv=kv, apart=True)
-    assert kv_widen.widening_pays(batch.q, batch.cache, batch.plan)
+    assert kv_widen.widening_pays(batch.q, batch.plan)
     cache, tables, plan = kv_widen.widened(batch.cache, batch.block_tables, batch.plan, torch.float16)
     for sequence in (1, 3, 4):
         context = contexts[sequence]
@@ -284,7 +284,7 @@ def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
     largest = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     assert ((got - expected).abs() / largest).max() <= 5e-3
     chunk = paged_batch([9], [80], 0, heads=(1, 1, 64), block_size=32, dtype=torch.float16, kv=kv)
-    assert not kv_widen.widening_pays(chunk.q, chunk.cache, chunk.plan)
+    assert not kv_widen.widening_pays(chunk.q, chunk.plan)
 
 
 def sampling_case(dtype):

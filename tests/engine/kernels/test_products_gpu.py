@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import Codes, Quantised, matmul, reference
+from engine.kernels import Codes, Quantised, convert, matmul, reference
 from engine.kernels.tiles import Tile
 
 pytestmark = [
@@ -160,6 +160,31 @@ def test_an_8_bit_product_is_written_where_it_is_asked_for(stored, num_rows):
         out = torch.full((num_rows, 80), torch.nan, device="cuda").bfloat16()
         assert without_waiting(function, *args, out) is out
         assert torch.equal(out, function(*args))
+
+
+@pytest.mark.parametrize("group", [None, 0, 128])
+@pytest.mark.parametrize("num_rows", [1, 256, 257, 1000])
+@pytest.mark.parametrize("model", LINEARS)
+def test_a_product_is_added_to_a_residual(model, num_rows, group):
+    """By the library, in the residual's place; not where the products are ours. The product may be rounded before the
+    sum is. group: of an INT8 weight, None of one in 16 bits.
+    """
+    for n, k, _ in matrices(model):
+        x, weight = torch.randn(num_rows, k, device="cuda").bfloat16(), torch.randn(n, k, device="cuda").bfloat16()
+        scale, wide = None, weight.float()
+        if group is not None:
+            weight, scale = stored_weight(n, k, group, torch.int8)
+            wide = convert.dequantize(weight, scale, group, torch.bfloat16).float()
+        product = x.float() @ wide.t()
+        residual = (torch.randn_like(product) * product.std()).bfloat16()
+        expected = product + residual.float()
+        got = without_waiting(kernels.added, x, residual, weight, scale, group or 0)
+        if num_rows <= matmul.BULK_ROWS:
+            assert got is None
+        else:
+            assert got.data_ptr() == residual.data_ptr()
+            bound = 4e-3 * (expected.abs() + product.abs()) + 2e-4 * product.std()
+            assert ((got.float() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(
