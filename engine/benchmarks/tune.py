@@ -39,7 +39,7 @@ from engine.runner import pick_device
 KINDS = ("gemv", "plain", "gated", "w8a8", "digits", "w8a8-g128", "digits-g128")
 STREAMED = 256 << 20  # bytes of weights in turn
 GAIN = 0.98  # of the rules' time that a choice must stay below
-GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (4, 8) for programs in (0, 4, 6)]
+GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (2, 4, 8) for programs in (0, 4, 6, 8)]
 SPLITS = (1, 2, 4, 8)
 LEAST_DEPTH = 512  # inputs of a part
 FEW_ROWS = 32  # up to so many, smaller tiles than the known ones are tried
@@ -161,7 +161,8 @@ def _multiplies(case: Case, device: torch.device) -> bool:
 
     if case.kind in ("plain", "gated"):
         most = matmul.BULK_ROWS if _bulk(case, device) else matmul.PLAIN_ROWS * (case.kind == "plain")
-        return case.dtype == torch.bfloat16 and case.rows <= most and case.width <= matmul.PLAIN_WIDTH
+        wide = case.dtype == torch.bfloat16
+        return (wide or case.kind == "gated") and case.rows <= most and case.width <= matmul.PLAIN_WIDTH
     if case.kind.startswith("digits") and case.tokens > matmul.DIGIT_ROWS:
         return False
     if case.group_size and not (_bulk(case, device) and (case.kind != "w8a8-g128" or case.dtype != torch.int8)):

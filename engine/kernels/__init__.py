@@ -32,6 +32,7 @@ __all__ = [
     "digits_matmul",
     "draw",
     "gated",
+    "gated_codes",
     "linear",
     "longest_first",
     "plan_tiles",
@@ -386,6 +387,17 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
         if product is not None:
             return product
     return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
+
+
+def gated_codes(x: Quantised, weight: Tensor, scale: Tensor) -> Tensor | None:
+    """x[M, K] in codes or digits, weight[2I, K] (gate | up), scale[2I, 1] -> `silu_mul` of their product [M, I] by one
+    launch; None where there is no such one.
+    """
+    if not x.qdata.is_cuda:
+        return None
+    from engine.kernels import matmul
+
+    return matmul.gated_codes(x.qdata, x.scale, weight, scale, x.dtype)
 
 
 def quantize_tokens(

@@ -79,6 +79,16 @@ def _multiply_step(w_bufs, x_bufs, bars, slot, phase, none):
 
 
 @gluon.jit
+def _joined(acc, KIND: gl.constexpr):
+    """The sums of a tile in fp32, where they are of digits each pair as one."""
+    total = acc.to(gl.float32)
+    if KIND == DIGITS:
+        high, low = gl.split(gl.reshape(total, [acc.shape[0], acc.shape[1] // 2, 2]))
+        total = high + low * (LOW_INT8 if acc.dtype == gl.int32 else LOW_FP8)
+    return total
+
+
+@gluon.jit
 def _load_scales(w_scale, n, group, N, num_groups):
     """Of one group of the inputs of n; zeros past the edges."""
     return gl.load(w_scale + n * num_groups + group, mask=(n < N) & (group < num_groups), other=0.0)
@@ -174,6 +184,8 @@ def hopper_matmul_kernel(
         odd_scales = _load_scales(w_scale, n, (first_k + BLOCK_K) // GROUP, N, num_groups)
     elif KIND != PLAIN:
         scales = gl.load(w_scale + n, mask=n < N, other=0.0)
+        if GATED:
+            up_scales = gl.load(w_scale + N + n, mask=n < N, other=0.0)
     if PDL:
         gdc_wait()
     for i in gl.static_range(STAGES):
@@ -237,10 +249,7 @@ def hopper_matmul_kernel(
             _fetch_rows(x_desc, x_bufs, bars, done, first_m, k, more)
             slot, phase = _following(slot, phase, STAGES)
         acc, up = warpgroup_mma_wait(0, deps=[acc, up])
-        total = acc.to(gl.float32)
-        if KIND == DIGITS:
-            high, low = gl.split(gl.reshape(total, [BLOCK_N, ROWS, 2]))
-            total = high + low * (LOW_INT8 if x_desc.dtype == gl.int8 else LOW_FP8)
+        total, total_up = _joined(acc, KIND), _joined(up, KIND)
     last = num_splits == 1
     if num_splits > 1:
         SIZE: gl.constexpr = BLOCK_N * ROWS
@@ -259,13 +268,15 @@ def hopper_matmul_kernel(
             total *= scales[:, None]
         if KIND == DIGITS or (KIND == W8A8 and not GROUP):
             total *= factors[None, :]
+        if GATED and KIND != PLAIN:
+            total_up = total_up * up_scales[:, None] * factors[None, :]
         if BIAS:
             total += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
         result = total.to(out_desc.dtype)
         if GATED:  # rounded where the separate operations round
             gate = result.to(gl.float32)
             silu = (gate / (1.0 + gl.exp(-gate))).to(out_desc.dtype).to(gl.float32)
-            result = (silu * up.to(out_desc.dtype).to(gl.float32)).to(out_desc.dtype)
+            result = (silu * total_up.to(out_desc.dtype).to(gl.float32)).to(out_desc.dtype)
         turned = gl.allocate_shared_memory(out_desc.dtype, [ROWS, BLOCK_N], out_desc.layout)
         turned.permute((1, 0)).store(result)
         fence_async_shared()

@@ -208,6 +208,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
     if ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0])):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
+    return _by_library(x, weight, bias, out)
+
+
+def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     if out is None:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
@@ -219,6 +223,14 @@ def gated(x: Tensor, weight: Tensor) -> Tensor | None:
     if not (1 < rows <= BULK_ROWS and x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)):
         return None
     return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
+
+
+def gated_codes(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`gated` of codes by codes, or of tokens in two digits, with scales of whole rows."""
+    _check(x, weight, scale, None, 0)
+    if x_scale.shape[0] > BULK_ROWS or dtype.itemsize != 2 or not _bulk(x, weight, weight.shape[0] // 2):
+        return None
+    return multiply(x, x_scale, weight, scale, None, dtype, 0, gated=True)
 
 
 def _bulk(x: Tensor, w: Tensor, width: int) -> bool:
@@ -249,7 +261,8 @@ def weight_only_matmul(
     if takes_digits(x, qdata.dtype, group_size):
         return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size, out)
     if rows >= DEQUANTIZE_ROWS:
-        return linear(x, dequantize(qdata, scale, group_size, x.dtype), bias, out)
+        # Not through our kernels: they fetch weights before the kernel before them, which writes these, is done.
+        return _by_library(x, dequantize(qdata, scale, group_size, x.dtype), bias, out)
     return multiply(x, None, qdata, scale, bias, x.dtype, group_size, out=out)
 
 

@@ -115,6 +115,13 @@ BYTES_BULK: Tiles = (
     (256, (_bulk(64, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 8), _bulk(128, 64, 128, 4, 3))),
     (_ANY, (_bulk(128, 64, 128, 4, 8), _bulk(256, 64, 128, 4, 5), _bulk(128, 64, 128, 4, 3))),
 )
+GATED_BYTES_BULK: Tiles = (
+    (16, (_bulk(16, 64, 256, 4, 6), _bulk(16, 64, 256, 4, 3))),
+    (32, (_bulk(32, 64, 256, 4, 5), _bulk(32, 64, 128, 4, 5))),
+    (64, (_bulk(64, 64, 256, 8, 4), _bulk(64, 64, 128, 4, 4))),
+    (128, (_bulk(128, 64, 256, 4, 3), _bulk(128, 64, 128, 4, 3))),
+    (_ANY, (_bulk(256, 64, 128, 8, 4), _bulk(128, 64, 128, 4, 3))),
+)
 # With scales of groups: a step is of 128 inputs at most, and has a sum of its own.
 GROUPED_W8A8_BULK: Tiles = (
     (8, (_bulk(8, 64, 128, 4, 12),)),
@@ -138,8 +145,10 @@ def tiles_for(
     """Of products whose activations come in `dtype`; bulk tiles for those that take them."""
     if bulk and group_size:
         return GROUPED_W8A8_BULK if kind == W8A8.value else GROUPED_DIGITS_BULK
+    if bulk and kind == PLAIN.value:
+        return GATED_BULK if gated else PLAIN_BULK
     if bulk:
-        return BYTES_BULK if kind != PLAIN.value else GATED_BULK if gated else PLAIN_BULK
+        return GATED_BYTES_BULK if gated else BYTES_BULK
     if dtype == torch.float32:
         return TILES_32BIT
     if chip.capability(device) != (9, 0) or kind == WEIGHT_ONLY.value:

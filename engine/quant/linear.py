@@ -67,6 +67,9 @@ class WeightOnlyLinear:
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
+        product = _gated_codes(x, self)
+        if product is not None:
+            return product
         if codes is not None or self.bias is not None or isinstance(x, Quantised):
             return kernels.silu_mul(self(x), codes)
         return kernels.gated(x, self.qdata, self.scale, self.group_size)
@@ -103,7 +106,8 @@ class W8A8Linear:
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
-        return kernels.silu_mul(self(x), codes)
+        product = _gated_codes(x, self)
+        return kernels.silu_mul(self(x), codes) if product is None else product
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -111,3 +115,10 @@ class W8A8Linear:
 
 
 Linear = PlainLinear | WeightOnlyLinear | W8A8Linear
+
+
+def _gated_codes(x: Tensor | Quantised, linear: WeightOnlyLinear | W8A8Linear) -> Tensor | None:
+    """`kernels.gated_codes`: what comes out is not in codes, the next product makes them."""
+    if not isinstance(x, Quantised) or linear.group_size or linear.bias is not None:
+        return None
+    return kernels.gated_codes(x, linear.qdata, linear.scale)

@@ -76,7 +76,6 @@ def test_bad_requests_are_refused_before_anything_runs(llm: LLM) -> None:
 
 
 def test_the_first_step_begins_before_the_last_prompt_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And objects that were there before are frozen meanwhile, unless they were already."""
     llm = LLM(POCKET, variants=["bf16"], max_num_batched_tokens=64, max_num_seqs=8, kv_cache_tokens=2048, num_threads=1)
     alone = [llm.generate([[i] * 24], GREEDY, use_tqdm=False)[0]["token_ids"] for i in range(8)]
     calls: list[str] = []
@@ -88,27 +87,35 @@ def test_the_first_step_begins_before_the_last_prompt_is_added(monkeypatch: pyte
 
     def logged_step() -> StepResult:
         calls.append("step")
-        assert gc.get_freeze_count() > 10_000
         return step()
 
     monkeypatch.setattr(llm.engine, "add", logged_add)
     monkeypatch.setattr(llm.engine, "step", logged_step)
-    assert gc.get_freeze_count() == 0
     together = llm.generate([[i] * 24 for i in range(8)], GREEDY, use_tqdm=False)
     assert [o["token_ids"] for o in together] == alone
     assert calls[:10] == ["add", "add", "add", "step", *["add"] * 5, "step"]
-    assert gc.get_freeze_count() == 0
     calls.clear()
     with pytest.raises(ParameterError, match="vocabulary"):
         llm.generate([*([i] * 24 for i in range(8)), [10_000_000]], GREEDY, use_tqdm=False)
     assert calls.count("step") == 1 and not llm.engine.has_work and llm.engine.blocks.num_used == 0
-    assert gc.get_freeze_count() == 0
-    gc.freeze()
-    try:
-        llm.generate([[1] * 24], GREEDY, use_tqdm=False)
-        assert gc.get_freeze_count() > 10_000
-    finally:
-        gc.unfreeze()
+
+
+def test_no_step_of_a_call_waits_for_a_full_collection(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Young objects are searched as the caller has set it, and all of them again after the call."""
+    thresholds: list[tuple[int, int, int]] = []
+    step = llm.engine.step
+
+    def watched() -> StepResult:
+        thresholds.append(gc.get_threshold())
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", watched)
+    before = gc.get_threshold()
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert thresholds and all(t[:2] == before[:2] and t[2] > 10**9 for t in thresholds)
+    with pytest.raises(ParameterError, match="vocabulary"):
+        llm.generate([[10_000_000]], GREEDY, use_tqdm=False)
+    assert gc.get_threshold() == before
 
 
 def test_bad_settings_are_refused_by_name() -> None:

@@ -41,7 +41,14 @@ from engine.kernels import (
     rope,
     sample,
 )
-from engine.kernels.tiles import BYTES_BULK, GATED_BULK, GROUPED_DIGITS_BULK, GROUPED_W8A8_BULK, PLAIN_BULK
+from engine.kernels.tiles import (
+    BYTES_BULK,
+    GATED_BULK,
+    GATED_BYTES_BULK,
+    GROUPED_DIGITS_BULK,
+    GROUPED_W8A8_BULK,
+    PLAIN_BULK,
+)
 
 
 class CompileOnly(DriverBase):
@@ -223,6 +230,10 @@ def multiply_in_bulk(matrix: torch.Tensor) -> None:
         stored, digits = (torch.int8, torch.float8_e4m3fn)[number % 2], 1 + number // 2 % 2
         codes, qdata = torch.zeros(2, 2048, dtype=stored), torch.zeros(2048, 2048, dtype=stored)
         matmul.multiply(codes, scale[: 2 // digits], qdata, scale, None, x.dtype, 0, tile)
+    for number, tile in enumerate(some[0] for _, some in GATED_BYTES_BULK):
+        stored, digits = (torch.float8_e4m3fn, torch.int8)[number % 2], 2 - number // 2 % 2
+        codes, qdata = torch.zeros(2, 2048, dtype=stored), torch.zeros(2048, 2048, dtype=stored)
+        matmul.multiply(codes, scale[: 2 // digits], qdata, scale, None, x.dtype, 0, tile, gated=True)
     codes, qdata, scale = codes.view(torch.int8), qdata.view(torch.int8), torch.zeros(2048, 16)
     for tile in dict.fromkeys(tile for _, some in GROUPED_DIGITS_BULK for tile in some):
         matmul.multiply(codes, scale[:1, :1], qdata, scale, bias, x.dtype, 128, tile)

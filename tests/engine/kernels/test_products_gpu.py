@@ -301,6 +301,22 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
 
 
 @needs_bulk
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 40, 129, 256])
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen2.5-1.5B"])
+def test_a_gated_8_bit_product_is_that_of_the_two_kernels(model, stored, digits, num_rows):
+    """Bit for bit, as above."""
+    hidden, intermediate, *_ = LINEARS[model]
+    x = torch.randn(num_rows, hidden, device="cuda").bfloat16()
+    qdata, scale = stored_weight(2 * intermediate, hidden, 0, stored)
+    tokens = kernels.quantize_tokens(x, stored) if digits == 1 else kernels.split_tokens(x, stored)
+    apart = matmul.multiply(*tokens, qdata, scale, None, x.dtype, 0, bulk(64, 64, 128, 4, 4), 1)
+    got = without_waiting(kernels.gated_codes, Quantised(*tokens, x.dtype), qdata, scale)
+    assert got is not None and torch.equal(got, kernels.silu_mul(apart))
+
+
+@needs_bulk
 @pytest.mark.parametrize("num_rows", [1, 9, 37, 64])
 def test_rows_of_a_bulk_tile_do_not_depend_on_each_other(num_rows):
     x, weight = torch.randn(64, 2048, device="cuda").bfloat16(), torch.randn(2048, 2048, device="cuda").bfloat16()
@@ -426,6 +442,33 @@ def check_chain(steps: list[Callable[[Any], Any]], x: Tensor) -> None:
                 t = step(t)
                 if wait:
                     torch.cuda.synchronize()
+        return t
+
+    run(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(wait=False)
+    for _ in range(20):
+        x.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, run(wait=True)) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 40, 144, 256, 300])
+@pytest.mark.parametrize(("stored", "group"), [(s, g) for s in STORED for g in (0, 128)])
+def test_a_chain_of_weight_only_products_is_that_of_products_one_by_one(stored, group, num_rows):
+    """Where weights are widened first, none may be read before they are; all into the same scratch, bit for bit."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling would keep them apart
+    weights = [stored_weight(2048, 2048, group, stored) for _ in range(8)]
+    x = torch.randn(num_rows, 2048, device="cuda").bfloat16()
+
+    def run(wait: bool) -> Tensor:
+        t = x
+        for qdata, scale in weights:
+            t = kernels.weight_only_matmul(t, qdata, scale, None, group)
+            if wait:
+                torch.cuda.synchronize()
         return t
 
     run(wait=True)

@@ -119,6 +119,7 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
     for kind, dtype, rows in (
         ("plain", torch.bfloat16, 16),
         ("gated", torch.bfloat16, 256),
+        ("gated", torch.int8, 64),
         ("w8a8", torch.int8, 128),
         ("digits", torch.float8_e4m3fn, 512),
         ("digits-g128", torch.int8, 256),
@@ -143,7 +144,7 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
     size = f"{shape[0]}x{shape[1]}"
     assert grouped == {f"digits-g128/{dtype}/512/{size}" for dtype in ("int8", "float8_e4m3fn")}
     kinds = [c.kind for c in tune.cases([shape], ["plain", "gated"], [16, 256, 512], cpu, (12288, 2048))]
-    assert kinds.count("plain") == 2 and kinds.count("gated") == 2 * (shape == (12288, 2048))
+    assert kinds.count("plain") == 2 and kinds.count("gated") == 3 * 2 * (shape == (12288, 2048))
 
 
 def test_tuning_is_restricted_to_what_is_asked_for() -> None:
