@@ -13,9 +13,8 @@ through shared memory, from where the copy engine stores it. Inputs that are spl
 
 Scales of weights are loaded before that wait, too, and those of rows before the first product. Where groups of inputs
 have scales, a step is of one group, or of a part of it, and has a sum of its own; two of them alternate, so that the
-tensor cores work on one while the other is scaled and added up in fp32. With three buffers there is one sum: three such
-programs have room on an SM, and their products run beside each other's additions. The scales of a step's weights are
-loaded two steps ahead, those of a program's rows at its beginning, into shared memory.
+tensor cores work on one while the other is scaled and added up in fp32. The scales of a step's weights are loaded two
+steps ahead, those of a program's rows at its beginning, into shared memory.
 """
 
 # Gluon is untyped: a jitted function has no Python types.
@@ -46,6 +45,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels import chip
 from engine.kernels.convert import LOW_FP8, LOW_INT8
 from engine.kernels.tiles import DIGITS, PLAIN, W8A8, Tile
+
+_SHARED = 226 << 10  # bytes of a program's buffers and scales; barriers have the rest of 227 KiB
 
 
 @gluon.jit
@@ -208,16 +209,12 @@ def hopper_matmul_kernel(
                 exists = (row < R) & (group < num_groups)
                 async_copy.async_copy_global_to_shared(pieces.index(i), x_scale + row * num_groups + group, exists)
             async_copy.commit_group()
-        ALTERNATE: gl.constexpr = STAGES > 3
         for i in range(0, count, 2):
             k, done = first_k + i * BLOCK_K, slot
             even = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
             slot, phase = _following(slot, phase, STAGES)
-            if ALTERNATE:
-                odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
-                part = warpgroup_mma_wait(1, deps=[even])
-            else:
-                part = warpgroup_mma_wait(0, deps=[even])
+            odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
+            part = warpgroup_mma_wait(1, deps=[even])
             more, ahead = i + STAGES < count, k + STAGES * BLOCK_K
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, 0, ahead, more, GATED, BYTES)
             _fetch_rows(x_desc, x_bufs, bars, done, first_m, ahead, more)
@@ -226,8 +223,6 @@ def hopper_matmul_kernel(
             total = _add_scaled(total, part, even_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
             k += BLOCK_K
             even_scales = _load_scales(w_scale, n, (k + BLOCK_K) // GROUP, N, num_groups)
-            if not ALTERNATE:
-                odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
             part = warpgroup_mma_wait(0, deps=[odd])
             more, ahead = i + 1 + STAGES < count, ahead + BLOCK_K
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, slot, first_n, 0, ahead, more, GATED, BYTES)
@@ -310,10 +305,11 @@ def launch(
     out_rows = block_m // 2 if kind == DIGITS.value else block_m
     num_tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n)
     parts = num_tiles * num_splits * out_rows * block_n if num_splits > 1 else 0
-    room = 16
+    room, num_stages = 16, tile.num_stages
     if group_size and kind == W8A8.value:
         inputs = triton.cdiv(depth, 2 * block_k * num_splits) * 2 * block_k  # of a program
         room = triton.cdiv(triton.cdiv(inputs, group_size) + (block_k < group_size), 16) * 16
+        num_stages = min(num_stages, (_SHARED - 4 * room * block_m) // (x.itemsize * (block_m + block_n) * block_k))
     hopper_matmul_kernel[(num_tiles, num_splits)](
         _descriptor(x, block_m, block_k),
         _descriptor(w, block_n, block_k),
@@ -336,7 +332,7 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        STAGES=tile.num_stages,
+        STAGES=num_stages,
         WARPS=tile.num_warps,
         num_warps=tile.num_warps,
         **chip.dependent_launch(x.device),

@@ -398,6 +398,15 @@ def test_bulk_tiles_with_scales_of_groups_at_odd_shapes(n, k, group, num_rows):
 
 
 @needs_bulk
+def test_a_bulk_tile_leaves_room_for_the_scales_of_many_groups():
+    """Qwen3-32B has 25,600 inputs: 200 groups of 64 rows, where twelve buffers alone would fit."""
+    qdata, scale = stored_weight(136, 25600, 128, torch.float8_e4m3fn)
+    tokens = kernels.quantize_tokens(torch.randn(70, 25600, device="cuda").bfloat16(), torch.float8_e4m3fn, 128)
+    got = matmul.multiply(*tokens, qdata, scale, None, torch.bfloat16, 128, bulk(64, 64, 128, 4, 12), 1)
+    close_in_fp8(got, reference.w8a8_matmul(*tokens, qdata, scale, None, torch.float32, 128), 25600)
+
+
+@needs_bulk
 @pytest.mark.parametrize("num_rows", [3, 64, 200])
 @pytest.mark.parametrize("stored", STORED)
 def test_rows_with_scales_of_groups_do_not_depend_on_each_other(num_rows, stored):
