@@ -36,7 +36,7 @@ from engine.config import ModelConfig, load_model_config
 from engine.kernels import chip, tuned
 from engine.runner import pick_device
 
-KINDS = ("gemv", "plain", "gated", "w8a8", "digits", "w8a8-g128", "digits-g128")
+KINDS = ("gemv", "gemv-g128", "plain", "gated", "w8a8", "digits", "w8a8-g128", "digits-g128")
 STREAMED = 256 << 20  # bytes of weights in turn
 GAIN = 0.98  # of the rules' time that a choice must stay below
 GEMV_TILES = [(size, w, programs) for size in (2048, 4096, 8192, 16384) for w in (2, 4, 8) for programs in (0, 4, 6, 8)]
@@ -68,13 +68,17 @@ class Case:
         return int(self.kind.partition("-g")[2] or 0)
 
     @property
+    def one_row(self) -> bool:
+        return self.kind.startswith("gemv")
+
+    @property
     def tokens(self) -> int:
         return self.rows // 2 if self.kind.startswith("digits") else self.rows
 
     @property
     def key(self) -> str:
-        if self.kind == "gemv":
-            return tuned.gemv_key(self.dtype.itemsize, self.width, self.depth)
+        if self.one_row:
+            return tuned.gemv_key(self.dtype.itemsize, self.width, self.depth, group_size=self.group_size)
         return tuned.product_key(self.kind, self.dtype, self.rows, self.width, self.depth)
 
 
@@ -147,11 +151,12 @@ def cases(
     """Those of one shape and dtype together. gate_up: the shape whose product is gated."""
     for width, depth in shapes:
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-            if "gemv" in kinds and dtype != torch.float8_e4m3fn:  # as many bytes as INT8, and the same key
-                yield Case("gemv", dtype, 1, width, depth)
+            for kind in ("gemv", "gemv-g128") if dtype == torch.int8 else ("gemv",):
+                if kind in kinds and dtype != torch.float8_e4m3fn:  # as many bytes as INT8, and the same key
+                    yield Case(kind, dtype, 1, width, depth)
             for kind, most in itertools.product(kinds, rows):
                 case = Case(kind, dtype, most, width, depth)
-                if kind != "gemv" and (kind != "gated" or (width, depth) == gate_up) and _multiplies(case, device):
+                if not case.one_row and (kind != "gated" or (width, depth) == gate_up) and _multiplies(case, device):
                     yield case
 
 
@@ -212,9 +217,9 @@ def product_of(case: Case, device: torch.device) -> Product:
     gated = case.kind == "gated"
     width = case.width // 2 if gated else case.width
     out = torch.empty(case.tokens, width, dtype=torch.bfloat16, device=device)
-    if case.kind == "gemv":
+    if case.one_row:
         row = _random(1, case.depth, torch.bfloat16, device)
-        return lambda weight: gemv(row, weight, scale, out=out)
+        return lambda weight: gemv(row, weight, scale, None, case.group_size, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
     x_scale = None if wide else torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
     group = case.group_size
@@ -222,7 +227,7 @@ def product_of(case: Case, device: torch.device) -> Product:
 
 
 def choices_of(case: Case, device: torch.device) -> list[Choice]:
-    if case.kind == "gemv":
+    if case.one_row:
         return list(GEMV_TILES)
     num_sms, shared = chip.num_sms(device), chip.shared_memory(device)
     bulk = bulk_choices(case, num_sms, shared) if _bulk(case, device) else []
@@ -304,8 +309,8 @@ def compile_all(chosen: Iterable[Case], device: torch.device) -> None:
     versions: dict[object, tuple[Case, Choice]] = {}
     for case in chosen:
         for choice in choices_of(case, device):
-            shape: object = (case.width, case.depth) if case.kind == "gemv" else (case.depth % choice[2] == 0)
-            tile = choice if case.kind == "gemv" else choice[:6]
+            shape: object = (case.width, case.depth) if case.one_row else (case.depth % choice[2] == 0)
+            tile = choice if case.one_row else choice[:6]
             if case.group_size:  # which kernel it is depends on how many groups a program has
                 shape, tile = case.depth, choice
             versions.setdefault((case.kind, case.dtype, shape, tile), (case, choice))
@@ -321,7 +326,7 @@ def compile_one(case: Case, choice: Choice, device: torch.device) -> None:
     """By launching it once; where the number of outputs is not compiled in, on few of them."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if case.kind != "gemv":
+    if not case.one_row:
         case = replace(case, width=min(case.width, 256))
     product = product_of(case, device)
     weight = torch.zeros(case.width, case.depth, dtype=case.dtype, device=device)

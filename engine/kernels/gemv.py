@@ -147,7 +147,7 @@ def gemv(
     width, depth = w.shape
     assert x.shape == (1, depth) and x.is_contiguous() and w.is_contiguous()
     assert x_scale is None or group_size
-    found = tuned.choices(x.device).get(tuned.gemv_key(w.itemsize, width, depth))
+    found = tuned.choices(x.device).get(tuned.gemv_key(w.itemsize, width, depth, group_size=group_size))
     size, num_warps, programs = found or TILES[w.itemsize]
     block_k = triton.next_power_of_2(depth)
     outputs = max(size // block_k, 1)

@@ -9,7 +9,7 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
 One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
 so many, and block_m, block_n, block_k, num_warps, num_stages of `tiles.Tile`, the operand on the left (0: the rows, 1:
 the weights, 2: the weights, of a bulk tile), and the splits. With scales of groups of G inputs the kind is called
-"w8a8-gG" or "digits-gG", and the tile is a bulk tile. What a table lacks is chosen by the rules in `gemv.py` and
+"gemv-gG", "w8a8-gG" or "digits-gG", and the tile of more rows is a bulk tile. What a table lacks is chosen by the rules in `gemv.py` and
 `tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
 """
 
@@ -37,13 +37,14 @@ Choices = dict[str, tuple[int, ...]]
 
 log = logging.getLogger("octavo.engine")
 _KEY = re.compile(
-    r"(gemv/[124]|(plain|gated|(w8a8|digits)(-g(64|128|256|512))?)/[a-z0-9_]+/(16|32|64|128|256|512))/[1-9]\d*x[1-9]\d*"
+    r"(gemv(-g(64|128|256|512))?/[124]|(plain|gated|(w8a8|digits)(-g(64|128|256|512))?)/[a-z0-9_]+/(16|32|64|128|256|512))/[1-9]\d*x[1-9]\d*"
 )
 _POWERS = {1 << i for i in range(17)}
 
 
-def gemv_key(itemsize: int, width: int, depth: int) -> str:
-    return f"gemv/{itemsize}/{width}x{depth}"
+def gemv_key(itemsize: int, width: int, depth: int, *, group_size: int = 0) -> str:
+    kind = f"gemv-g{group_size}" if group_size else "gemv"
+    return f"{kind}/{itemsize}/{width}x{depth}"
 
 
 def product_key(kind: str, dtype: torch.dtype, rows: int, width: int, depth: int, *, group_size: int = 0) -> str:

@@ -16,6 +16,7 @@ from engine.kernels.tiles import Tile
 
 GOOD = {
     "gemv/1/4096x2048": (8192, 8, 0),
+    "gemv-g128/1/4096x2048": (8192, 8, 0),
     "w8a8/int8/64/4096x2048": (64, 64, 256, 4, 5, 0, 1),
     "digits-g128/int8/64/4096x2048": (64, 64, 128, 4, 12, tuned.BULK, 3),
 }
@@ -36,7 +37,7 @@ def test_numbers_stand_for_tiles() -> None:
 
 
 def test_keys_are_those_that_a_table_may_have() -> None:
-    assert tuned.gemv_key(1, 4096, 2048) in GOOD
+    assert tuned.gemv_key(1, 4096, 2048) in GOOD and tuned.gemv_key(1, 4096, 2048, group_size=128) in GOOD
     assert tuned.product_key("w8a8", torch.int8, 33, 4096, 2048) in GOOD
     assert tuned.product_key("w8a8", torch.int8, 65, 4096, 2048) not in GOOD
     assert tuned.product_key("digits", torch.int8, 33, 4096, 2048, group_size=128) in GOOD
