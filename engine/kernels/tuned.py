@@ -9,8 +9,8 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
 One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
 so many, and block_m, block_n, block_k, num_warps, num_stages of `tiles.Tile`, the operand on the left (0: the rows, 1:
 the weights, 2: the weights, of a bulk tile), and the splits. With scales of groups of G inputs the kind is called
-"gemv-gG", "w8a8-gG" or "digits-gG", and the tile of more rows is a bulk tile. What a table lacks is chosen by the rules in `gemv.py` and
-`tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
+"gemv-gG", "w8a8-gG" or "digits-gG", and the tile of more rows is a bulk tile. What a table lacks is chosen by the rules
+in `gemv.py` and `tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
 """
 
 from __future__ import annotations
