@@ -132,7 +132,9 @@ class Layout:
 def mixed_layouts(max_num_seqs: int, max_len: int, budget: int) -> list[Layout]:
     """The layouts that are captured for up to so many sequences of up to `max_len` tokens, and steps of `budget`."""
     decodes = [d for d in DECODES if d < max_num_seqs] + [min(max_num_seqs, DECODES[-1])]
-    sizes = [(d, t) for d in decodes for t in TOKENS if t <= max_len] + [(0, budget)] * (budget <= MAX_FULL)
+    sizes = [(d, t) for d in decodes for t in TOKENS if t <= max_len]
+    if budget <= MAX_FULL:
+        sizes.append((0, budget))
     return [Layout(d, t, widens) for d, t in sizes for widens in (False, True)]
 
 

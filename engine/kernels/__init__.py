@@ -235,6 +235,7 @@ def rope_and_store(
     of D and sin in the second, any yarn factor folded in. positions: [T] int32. slots: [T] int32, block * block_size +
     offset; -1 is padding and is not stored. The rotation pairs d with d + D/2 (HF's rotate_half), in fp32 with one
     rounding at the end; an 8-bit cache quantises what comes out of that, dividing in fp32 and rounding half to even.
+    On a GPU, positions and slots must have been written before the last ordinary launch (`chip.dependent_launch`).
     """
     if qkv.is_cuda:
         from engine.kernels import rope
@@ -278,7 +279,6 @@ def rope_and_attend(
 
     Each slot is where its sequence's table has that position. A batch that only decodes (num_decodes is T, no tiles) is
     one launch on a GPU. So in such a batch no sequence may read what another stores in it; the scheduler sees to that.
-    positions and slots: written as early as tables and plan.
     """
     rest = (positions, cache, slots, block_tables, plan, scale)
     if qkv.is_cuda:

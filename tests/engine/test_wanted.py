@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine import LLM, SamplingParams, kernels
 from engine.kernels import AttentionPlan, KVCache, reference
-from engine.mixed_graphs import MixedGraphs
+from engine.mixed_graphs import Layout, MixedGraphs, mixed_layouts
 from engine.models.qwen import Batch, Qwen
 
 Checkpoint = Callable[[str], Path]
@@ -123,3 +123,13 @@ def test_a_mixed_graph_gives_the_hidden_states_that_are_sampled(checkpoint: Chec
         before = llm.engine.num_steps
         same(answers(llm, params), want)
         assert runner.num_replays == llm.engine.num_steps - before > 12
+
+
+def test_which_graph_holds_a_batch() -> None:
+    """A batch of prompts alone must fill its graph; one that widens contexts has room for so many."""
+    full, widening = Layout(0, 8192), Layout(16, 512, widens=True)
+    assert full.holds(0, 4, 8192, 30000) and full.holds(0, 32, 8000, 8000)
+    assert not full.holds(1, 4, 8192, 8192) and not full.holds(0, 33, 8192, 8192) and not full.holds(0, 4, 7900, 7900)
+    assert widening.holds(0, 1, 2, 1024) and not widening.holds(0, 1, 2, 1025)
+    assert [x for x in mixed_layouts(256, 4096, 8192) if not x.num_decodes] == [full, Layout(0, 8192, widens=True)]
+    assert all(x.num_decodes for x in mixed_layouts(256, 4096, 16384))

@@ -8,7 +8,9 @@ bits as integers) and no int8 to bfloat16, so 16-bit products are tested in floa
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -272,13 +274,17 @@ def test_prompts_over_an_8_bit_cache_are_widened_once(kv, paged_batch):
     """Three heads a token leave a remainder; blocks lie apart; one sequence has no context, one decodes."""
     lens, contexts = [1, 40, 0, 7, 70], [50, 40, 0, 39, 70]
     batch = paged_batch(lens, contexts, 1, heads=(3, 3, 64), block_size=32, dtype=torch.float16, kv=kv, apart=True)
-    assert kv_widen.widening_pays(batch.q, batch.plan)
-    cache, tables, plan = kv_widen.widened(batch.cache, batch.block_tables, batch.plan, torch.float16)
-    for sequence in (1, 3, 4):
-        context = contexts[sequence]
-        table = tables[plan.rows[sequence]][: -(-context // 32)]
-        assert torch.equal(cache.k[table].flatten(0, 1)[:context], batch.keys[sequence].half())
-        assert torch.equal(cache.v[table].flatten(0, 1)[:context], batch.values[sequence].half())
+    queries = sum(lens) - 1
+    unknown = replace(batch.plan, context_lens_host=np.full(5, 10**6), most_context=2 * queries)  # as in a graph
+    for plan in (batch.plan, unknown):
+        assert kv_widen.widening_pays(batch.q, plan)
+        cache, tables, plan = kv_widen.widened(batch.cache, batch.block_tables, plan, torch.float16)
+        for sequence in (1, 3, 4):
+            context = contexts[sequence]
+            table = tables[plan.rows[sequence]][: -(-context // 32)]
+            assert torch.equal(cache.k[table].flatten(0, 1)[:context], batch.keys[sequence].half())
+            assert torch.equal(cache.v[table].flatten(0, 1)[:context], batch.values[sequence].half())
+    assert not kv_widen.widening_pays(batch.q, replace(unknown, most_context=2 * queries + 1))
     got = paged_attention.attention(*batch.args(0.01)).float()
     expected = kernels.attention(*batch.rounded(0.01))
     largest = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
