@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import Codes, chip
+from engine.kernels.tiles import empty_rows
 
 _STRETCH = 2048  # weights of one program
 SMALLEST = tl.constexpr(1e-30)  # of a token's largest magnitude, where it is split in digits
@@ -266,7 +267,7 @@ def empty_codes(like: Tensor, depth: int, codes: Codes) -> tuple[Tensor, Tensor]
     assert codes.dtype in (torch.int8, torch.float8_e4m3fn), codes.dtype
     groups = triton.cdiv(depth, codes.group_size) if codes.group_size else 1
     rows = like.shape[0]
-    qdata = like.new_empty(rows * codes.digits, depth, dtype=codes.dtype)
+    qdata = empty_rows(like, rows * codes.digits, depth, dtype=codes.dtype)
     return qdata, like.new_empty(rows, groups, dtype=torch.float32)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
+from engine.kernels.tiles import empty_rows
 
 _SILU_BLOCK = 1024
 
@@ -70,7 +71,7 @@ def silu_mul_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check_rows(x)
     assert weight.shape == x.shape[1:] and weight.is_contiguous()
-    out = torch.empty_like(x)
+    out = empty_rows(x, *x.shape)
     _launch_norm(x, x, weight, out, out, eps, add=False)
     return out
 
@@ -80,7 +81,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     check_rows(residual)
     assert residual.shape == x.shape and residual.dtype == x.dtype
     assert weight.shape == x.shape[1:] and weight.is_contiguous()
-    out, total = torch.empty_like(x), torch.empty_like(x)
+    out, total = empty_rows(x, *x.shape), torch.empty_like(x)
     _launch_norm(x, residual, weight, out, total, eps, add=True)
     return out, total
 
@@ -89,7 +90,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     check_rows(gate_up)
     num_tokens, width = gate_up.shape
     assert width % 2 == 0
-    out = gate_up.new_empty(num_tokens, width // 2)
+    out = empty_rows(gate_up, num_tokens, width // 2)
     if num_tokens:
         grid = (num_tokens * triton.cdiv(width // 2, _SILU_BLOCK),)
         silu_mul_kernel[grid](gate_up, out, I=width // 2, BLOCK=_SILU_BLOCK, **chip.dependent_launch(gate_up.device))

@@ -4,7 +4,8 @@ For few rows a product takes as long as its weights take to arrive, so they shou
 ring of buffers, each with a barrier that counts the bytes of one step: BLOCK_K inputs of its weights and of its rows.
 Before it waits for the kernel that makes the rows it asks for the weights of all buffers, so that between two products
 of a model's step memory goes on; then for the rows. One thread asks, and a copy takes no registers, addresses or masks:
-what lies past an edge arrives as zeros. A buffer is asked for again when the product that reads it is done, which is
+what lies past an edge arrives as zeros, but for rows that have memory behind them: what is there is fetched, as that is
+faster, and nobody looks at what comes out. A buffer is asked for again when the product that reads it is done, which is
 when that of the next step has begun.
 
 The weight is the left operand, as the tensor cores want 64 rows of that: out.T is computed, and turned on its way out
@@ -311,7 +312,7 @@ def launch(
         room = triton.cdiv(triton.cdiv(inputs, group_size) + (block_k < group_size), 16) * 16
         num_stages = min(num_stages, (_SHARED - 4 * room * block_m) // (x.itemsize * (block_m + block_n) * block_k))
     hopper_matmul_kernel[(num_tiles, num_splits)](
-        _descriptor(x, block_m, block_k),
+        _descriptor(x, block_m, block_k, _room(x, block_m)),
         _descriptor(w, block_n, block_k),
         _descriptor(out, out_rows, block_n),
         x if x_scale is None else x_scale,
@@ -352,7 +353,13 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _TYPES[dtype])
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of blocks of a contiguous matrix."""
-    shape, strides = [*matrix.shape], [matrix.shape[1], 1]
+def _room(x: Tensor, block_m: int) -> int:
+    """Rows of whole tiles, as far as there is memory behind x: see `tiles.empty_rows`."""
+    behind = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
+    return min(-(-x.shape[0] // block_m) * block_m, behind // x.shape[1])
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int, height: int = 0) -> TensorDescriptor:
+    """Of blocks of a contiguous matrix, of `height` rows where that is given."""
+    shape, strides = [height or matrix.shape[0], matrix.shape[1]], [matrix.shape[1], 1]
     return TensorDescriptor(matrix, shape, strides, [rows, columns], _layout(rows, columns, matrix.dtype))

@@ -32,7 +32,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels import chip, tuned
 from engine.kernels.convert import LOW_FP8, LOW_INT8, codes, dequantize, split_tokens, widen
 from engine.kernels.gemv import gemv
-from engine.kernels.tiles import DIGITS, PLAIN, W8A8, WEIGHT_ONLY, Tile, choose_splits, choose_tile, tiles_for
+from engine.kernels.tiles import (
+    DIGITS,
+    PLAIN,
+    W8A8,
+    WEIGHT_ONLY,
+    Tile,
+    choose_splits,
+    choose_tile,
+    empty_rows,
+    tiles_for,
+)
 
 DEQUANTIZE_ROWS = 65  # where there are no digits: from so many rows on, a weight-only matrix is widened once for all
 DIGIT_ROWS = 256  # up to so many rows, 8-bit weights meet two-digit activations
@@ -393,7 +403,7 @@ def multiply(
     else:
         kind = (PLAIN if scale is None else WEIGHT_ONLY).value
     if out is None:
-        out = x.new_empty(rows if x_scale is None else x_scale.shape[0], width, dtype=dtype)
+        out = empty_rows(x, rows if x_scale is None else x_scale.shape[0], width, dtype=dtype)
     if rows == 0:
         return out
     num_sms = chip.num_sms(x.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine.kernels import AttentionPlan, KVCache, chip
@@ -11,10 +10,11 @@ from engine.kernels.decode_attention import choose_splits, decode, rope_and_deco
 from engine.kernels.kv_widen import widened, widening_pays
 from engine.kernels.prefill_attention import prefill
 from engine.kernels.rope import rope_and_store
+from engine.kernels.tiles import empty_rows
 
 
 def attention(q: Tensor, cache: KVCache, block_tables: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    out = torch.empty_like(q)
+    out = empty_rows(q, *q.shape)
     if plan.num_decodes:
         decode(q, cache, block_tables, plan, scale, _num_splits(cache, plan), out)
     if len(plan.tiles):
@@ -41,7 +41,7 @@ def rope_and_attend(
     if not (chip.fuses() and plan.num_decodes == len(qkv) > 0 and not len(plan.tiles)):
         return attention(rope_and_store(*new), cache, block_tables, plan, scale)
     num_kv_heads, head_dim = cache.k.shape[2:]
-    out = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    out = empty_rows(qkv, len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
     rope_and_decode(*new, block_tables, plan, scale, _num_splits(cache, plan), out)
     return out
 

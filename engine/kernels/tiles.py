@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from engine.kernels import chip
 
 _MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts up costs more than they save
 _MIN_BULK_DEPTH = 1024  # of a bulk tile
 _MIN_GROUPED_DEPTH, _MIN_FEW_DEPTH = 2048, 640  # of one with scales of groups, and with up to 16 rows besides
+
+ROOM_ROWS = 512  # up to so many, rows that a product takes have memory behind them for a whole bulk tile
 
 # The kinds of product: both in one wide type, 8-bit weights; from W8A8 on both in 8 bits: one digit, two digits.
 PLAIN, WEIGHT_ONLY, W8A8, DIGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -137,6 +140,14 @@ GROUPED_DIGITS_BULK: Tiles = (
     (128, (_bulk(64, 64, 128, 4, 7), _bulk(128, 64, 128, 4, 4))),
     (_ANY, (_bulk(64, 64, 128, 4, 12), _bulk(128, 64, 128, 4, 9), _bulk(128, 64, 128, 4, 4))),
 )
+
+
+def empty_rows(like: Tensor, rows: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [rows, *shape] on the device of `like`, followed by memory for as many rows as a bulk tile may
+    have: the copy engine takes longer to make up rows than to fetch some that nobody looks at.
+    """
+    room = max(16, triton.next_power_of_2(rows)) if 0 < rows <= ROOM_ROWS else rows
+    return like.new_empty(room, *shape, dtype=dtype or like.dtype)[:rows]
 
 
 def tiles_for(

@@ -353,6 +353,29 @@ def test_rows_of_a_bulk_tile_do_not_depend_on_each_other(num_rows):
 
 
 @needs_bulk
+@pytest.mark.parametrize("num_rows", [1, 20, 96, 160])
+def test_nobody_sees_what_lies_behind_the_rows(num_rows):
+    """Where there is memory behind them it is fetched: here NaN, and codes that are NaN."""
+    whole = torch.full((256, 2048), torch.nan, device="cuda").bfloat16()
+    whole[:num_rows].normal_()
+    weight, bias = torch.randn(2048, 2048, device="cuda").bfloat16(), torch.randn(2048, device="cuda").bfloat16()
+    rows, tile = whole[:num_rows], bulk(128, 64, 64, 4, 4)
+    got, expected = (matmul.multiply(x, None, weight, None, bias, x.dtype, 0, tile, 2) for x in (rows, rows.clone()))
+    assert got.isfinite().all() and torch.equal(got, expected)
+    qdata, scale = stored_weight(2048, 2048, 128, torch.float8_e4m3fn)
+    codes, x_scale = kernels.quantize_tokens(rows, torch.float8_e4m3fn, 128)
+    behind = torch.full((256, 2048), 127, dtype=torch.uint8, device="cuda").view(codes.dtype)
+    behind[:num_rows] = codes
+    tile = bulk(64, 64, 128, 4, 6)
+    got, expected = (
+        matmul.multiply(x, x_scale, qdata, scale, bias, torch.bfloat16, 128, tile, 2)
+        for x in (behind[:num_rows], codes.clone())
+    )
+    assert got.isfinite().all() and torch.equal(got, expected)
+    assert not got.isnan().any() and len(kernels.rms_norm(rows, bias, 1e-6).untyped_storage()) // 4096 >= 16
+
+
+@needs_bulk
 @pytest.mark.parametrize(
     ("n", "k", "dtype"), [(8, 64, torch.bfloat16), (72, 136, torch.float16), (2056, 1104, torch.bfloat16)]
 )
