@@ -52,6 +52,7 @@ LIBRARY_BLOCK_ROWS = 257  # those with scales of 1 x 128 by weights of 128 x 128
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
 BULK_ROWS = 256  # up to so many rows products take bulk tiles where there are any
+GATED_DIGIT_ROWS = 32  # up to so many, tokens in two digits are gated where they are multiplied: more gain nothing
 EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
 
 _MAX_TILES = 4096  # that can be split: at most one for each SM are
@@ -238,7 +239,8 @@ def gated(x: Tensor, weight: Tensor) -> Tensor | None:
 def gated_codes(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     """`gated` of codes by codes, or of tokens in two digits, with scales of whole rows."""
     _check(x, weight, scale, None, 0)
-    if x_scale.shape[0] > BULK_ROWS or dtype.itemsize != 2 or not _bulk(x, weight, weight.shape[0] // 2):
+    most = BULK_ROWS if x_scale.shape[0] == x.shape[0] else GATED_DIGIT_ROWS
+    if x_scale.shape[0] > most or dtype.itemsize != 2 or not _bulk(x, weight, weight.shape[0] // 2):
         return None
     return multiply(x, x_scale, weight, scale, None, dtype, 0, gated=True)
 

@@ -326,7 +326,7 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
 
 
 @needs_bulk
-@pytest.mark.parametrize("num_rows", [1, 2, 15, 40, 129, 256])
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 32, 40, 129, 256])
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen2.5-1.5B"])
@@ -338,7 +338,10 @@ def test_a_gated_8_bit_product_is_that_of_the_two_kernels(model, stored, digits,
     tokens = kernels.quantize_tokens(x, stored) if digits == 1 else kernels.split_tokens(x, stored)
     apart = matmul.multiply(*tokens, qdata, scale, None, x.dtype, 0, bulk(64, 64, 128, 4, 4), 1)
     got = without_waiting(kernels.gated_codes, Quantised(*tokens, x.dtype), qdata, scale)
-    assert got is not None and torch.equal(got, kernels.silu_mul(apart))
+    if digits == 2 and num_rows > matmul.GATED_DIGIT_ROWS:
+        assert got is None
+    else:
+        assert got is not None and torch.equal(got, kernels.silu_mul(apart))
 
 
 @needs_bulk
