@@ -17,7 +17,7 @@ from engine.config import EngineConfig, ModelConfig, ModelError
 from engine.graphs import decode_sizes
 from engine.kernels.columns import NUM_FLOATS, NUM_INTS
 from engine.kv_pool import bytes_per_block, tokens_per_block
-from engine.mixed_graphs import mixed_layouts
+from engine.mixed_graphs import MAX_FULL, mixed_layouts
 from engine.quant.formats import Format
 from engine.quant.memory import WeightBytes, count_bytes
 from engine.quant.variants import Variant, build_variants
@@ -30,6 +30,7 @@ PROMPT_LOGPROB_ROWS = 256  # prompt positions that go through the head at one ti
 CONTEXT_BYTES = 512 << 20  # allowance for the CUDA context and libraries, where there is no GPU to ask
 GRAPH_BYTES = 1 << 20  # allowance for the nodes of one captured graph
 GRAPHS_BYTES = 192 << 20  # and for what all have in common, beside twice the activations of the largest
+FULL_SHARE = 0.02  # of a GPU's memory, at most, for a graph of full batches of prompts: small GPUs need it for the pool
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class MemoryPlan:
     """Who gets what of `limit` bytes (None on a CPU, where only what is asked for is taken).
 
     reserves: by name, what the engine keeps beside weights and pool. kv_tokens: tokens that fit the pool, by the dtype
-    of keys and values.
+    of keys and values. full_batch: tokens of a full batch of prompts that has a graph, 0 where none has.
     """
 
     limit: int | None
@@ -57,6 +58,7 @@ class MemoryPlan:
     num_blocks: int
     kv_tokens: dict[str, int]
     max_model_len: int
+    full_batch: int
 
     @property
     def pool(self) -> int:
@@ -102,7 +104,14 @@ def plan_memory(
     block_sizes = {kv: tokens_per_block(c.block_size, dtype, kv) for kv in kvs}
     block_size = min(block_sizes.values())  # tokens that any variant has in a block
     block_bytes = bytes_per_block(model_config, c.block_size, dtype, kvs)
-    reserves = _reserves(c, model_config, dtype, len(formats), max_len, device is not None)
+    full = c.max_num_batched_tokens
+    if (
+        device is None
+        or full > MAX_FULL
+        or 2 * full * _widest(model_config) * dtype.itemsize > FULL_SHARE * device.total
+    ):
+        full = 0
+    reserves = _reserves(c, model_config, dtype, len(formats), max_len, full, device is not None)
     taken = weights.total + sum(reserves.values()) + c.variant_headroom
     limit = room = None
     if device is not None:
@@ -133,17 +142,29 @@ def plan_memory(
         num_blocks=num_blocks,
         kv_tokens=tokens,
         max_model_len=min(max_len, num_blocks * block_size),
+        full_batch=full,
     )
 
 
-def graph_bytes(config: EngineConfig, max_len: int) -> int:
+def graph_bytes(config: EngineConfig, max_len: int, full_batch: int) -> int:
     """Allowance for the CUDA graphs of one variant; what those of all variants share comes once."""
-    layouts = mixed_layouts(config.max_num_seqs, max_len, config.max_num_batched_tokens)
+    layouts = mixed_layouts(config.max_num_seqs, max_len, full_batch)
     return GRAPH_BYTES * (len(decode_sizes(min(config.max_num_seqs, MAX_GRAPH_SIZE))) + len(layouts))
 
 
+def _widest(m: ModelConfig) -> int:
+    """Values a token that a step keeps at most: activations of the widest layer."""
+    return 2 * m.intermediate_size + 6 * m.hidden_size + 2 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+
+
 def _reserves(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, num_variants: int, max_len: int, on_gpu: bool
+    config: EngineConfig,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    num_variants: int,
+    max_len: int,
+    full_batch: int,
+    on_gpu: bool,
 ) -> dict[str, int]:
     """What the engine keeps beside weights and pool. A CPU gets the memory of a step when it needs it."""
     c, m, rows = config, model_config, config.max_num_seqs + 1
@@ -152,16 +173,16 @@ def _reserves(
     if not on_gpu:
         return reserves
     # The largest tensors of a step: activations of the widest layer, and the logits with their float32 copies.
-    widest = 2 * m.intermediate_size + 6 * m.hidden_size + 2 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    widest = _widest(m)
     reserves["activations of a step"] = c.max_num_batched_tokens * widest * dtype.itemsize
     reserves["logits of a step"] = 6 * max(c.max_num_seqs, PROMPT_LOGPROB_ROWS) * m.vocab_size * 4
     if c.cuda_graphs:
-        layouts = mixed_layouts(c.max_num_seqs, max_len, c.max_num_batched_tokens)
+        layouts = mixed_layouts(c.max_num_seqs, max_len, full_batch)
         hidden = max((x.num_outputs for x in layouts), default=0) * m.hidden_size
         logits = min(c.max_num_seqs, MAX_GRAPH_SIZE) * m.vocab_size
         reserves["outputs of CUDA graphs"] = (hidden + logits) * dtype.itemsize
         common = 2 * max((x.total_tokens for x in layouts), default=0) * widest * dtype.itemsize + GRAPHS_BYTES
-        reserves["CUDA graphs (allowance)"] = common + num_variants * graph_bytes(c, max_len)
+        reserves["CUDA graphs (allowance)"] = common + num_variants * graph_bytes(c, max_len, full_batch)
     return reserves
 
 

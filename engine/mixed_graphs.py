@@ -129,12 +129,14 @@ class Layout:
         return vector.numpy()
 
 
-def mixed_layouts(max_num_seqs: int, max_len: int, budget: int) -> list[Layout]:
-    """The layouts that are captured for up to so many sequences of up to `max_len` tokens, and steps of `budget`."""
+def mixed_layouts(max_num_seqs: int, max_len: int, full_batch: int) -> list[Layout]:
+    """The layouts that are captured for up to so many sequences of up to `max_len` tokens. full_batch: tokens of a full
+    batch of prompts that is to have one, 0 for none.
+    """
     decodes = [d for d in DECODES if d < max_num_seqs] + [min(max_num_seqs, DECODES[-1])]
     sizes = [(d, t) for d in decodes for t in TOKENS if t <= max_len]
-    if budget <= MAX_FULL:
-        sizes.append((0, budget))
+    if full_batch:
+        sizes.append((0, full_batch))
     return [Layout(d, t, widens) for d, t in sizes for widens in (False, True)]
 
 
@@ -147,11 +149,11 @@ class MixedGraphs:
         tables: Tables,
         kv: dict[str, list[KVCache]],
         block_sizes: dict[str, int],
-        budget: int,
+        full_batch: int,
     ) -> None:
         self.models, self.tables, self.kv, self.block_sizes = models, tables, kv, block_sizes
         self._spare = tables.tokens.shape[0] - 1
-        self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1, budget)
+        self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1, full_batch)
         largest = max(self.layouts, key=lambda x: x.length, default=Layout(0, 0))
         num_outputs = max((x.num_outputs for x in self.layouts), default=0)
         device = tables.tokens.device

@@ -145,9 +145,8 @@ class Runner:
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
             self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size)
             self.graphs.capture()
-            self.mixed_graphs = MixedGraphs(
-                self.models, self.tables, self.kv, self.block_sizes, config.max_num_batched_tokens
-            )
+            full_batch = self.plan.full_batch
+            self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes, full_batch)
             self.mixed_graphs.capture(self.graphs.record)
             taken = free - torch.cuda.mem_get_info(self.device)[0]
             planned = sum(size for name, size in self.plan.reserves.items() if "CUDA graphs" in name)

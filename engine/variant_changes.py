@@ -93,7 +93,9 @@ class VariantChanges:
     def _cost(self, weights: WeightBytes, num_variants: int) -> int:
         runner = self.runner
         with_graphs = runner.config.cuda_graphs and runner.device.type == "cuda"
-        return weights.total + (num_variants * graph_bytes(runner.config, runner.max_model_len) if with_graphs else 0)
+        if not with_graphs:
+            return weights.total
+        return weights.total + num_variants * graph_bytes(runner.config, runner.max_model_len, runner.plan.full_batch)
 
     def _check(self, fmt: Format, between: Callable[[], None]) -> None:
         """Raise VariantRefused for what has no room or no place."""

@@ -105,6 +105,14 @@ def test_a_gpus_plan_adds_up_to_what_it_gives(qwen: Path) -> None:
         plan(qwen, card, "bf16", kv_cache_tokens=1024, max_model_len=2048)
 
 
+def test_full_batches_have_a_graph_where_it_takes_little_of_the_memory(qwen: Path) -> None:
+    large, small = (plan(qwen, DeviceMemory(size << 30, 600 << 20), "bf16") for size in (80, 24))
+    assert (large.full_batch, small.full_batch) == (8192, 0)
+    taken, without = (p.reserves["CUDA graphs (allowance)"] for p in (large, small))
+    assert 2 * without < taken < without + 0.02 * (80 << 30)
+    assert plan(qwen, DeviceMemory(80 << 30, 600 << 20), "bf16", max_num_batched_tokens=16384).full_batch == 0
+
+
 def test_what_does_not_fit_is_told_in_numbers(qwen: Path) -> None:
     card = DeviceMemory(8 << 30, 600 << 20)
     with pytest.raises(
