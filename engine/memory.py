@@ -104,12 +104,8 @@ def plan_memory(
     block_sizes = {kv: tokens_per_block(c.block_size, dtype, kv) for kv in kvs}
     block_size = min(block_sizes.values())  # tokens that any variant has in a block
     block_bytes = bytes_per_block(model_config, c.block_size, dtype, kvs)
-    full = c.max_num_batched_tokens
-    if (
-        device is None
-        or full > MAX_FULL
-        or 2 * full * _widest(model_config) * dtype.itemsize > FULL_SHARE * device.total
-    ):
+    full = c.max_num_batched_tokens if c.max_num_batched_tokens <= MAX_FULL else 0
+    if device is None or 2 * full * _widest(model_config) * dtype.itemsize > FULL_SHARE * device.total:
         full = 0
     reserves = _reserves(c, model_config, dtype, len(formats), max_len, full, device is not None)
     taken = weights.total + sum(reserves.values()) + c.variant_headroom

@@ -52,9 +52,7 @@ __all__ = [
 PROGRAMS_PER_SM = 13  # of decode attention, from which on they do not all run at once: measured on an H200
 LARGEST_TOP_K = 64  # up to which the kernels rank themselves
 PREFILL_TILE = 64  # queries of one sequence in one entry of AttentionPlan.tiles
-WIDENED_CONTEXT = (
-    2  # positions of 8-bit context for each query, at most, that prefill widens beforehand: see `kv_widen`
-)
+WIDENED_CONTEXT = 2  # positions of 8-bit context a query, at most, that prefill widens beforehand: see `kv_widen`
 
 
 @dataclass(frozen=True)
