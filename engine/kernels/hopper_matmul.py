@@ -312,7 +312,7 @@ def launch(
         room = triton.cdiv(triton.cdiv(inputs, group_size) + (block_k < group_size), 16) * 16
         num_stages = min(num_stages, (_SHARED - 4 * room * block_m) // (x.itemsize * (block_m + block_n) * block_k))
     hopper_matmul_kernel[(num_tiles, num_splits)](
-        _descriptor(x, block_m, block_k, _room(x, block_m)),
+        _descriptor(x, block_m, block_k, _height(x, block_m)),
         _descriptor(w, block_n, block_k),
         _descriptor(out, out_rows, block_n),
         x if x_scale is None else x_scale,
@@ -353,7 +353,7 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _TYPES[dtype])
 
 
-def _room(x: Tensor, block_m: int) -> int:
+def _height(x: Tensor, block_m: int) -> int:
     """Rows of whole tiles, as far as there is memory behind x: see `tiles.empty_rows`."""
     behind = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
     return min(-(-x.shape[0] // block_m) * block_m, behind // x.shape[1])
