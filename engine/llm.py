@@ -8,6 +8,7 @@ llm.generate(["The sea"], SamplingParams(temperature=0, max_tokens=32), variant=
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,8 @@ def _without_full_collections() -> Iterator[None]:
 
 
 class LLM:
-    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields.
+    """One checkpoint in one or more variants. Keyword arguments are `EngineConfig`'s fields. Nobody waits for single
+    tokens here, so unless `max_prefill_beside_decode` is given, prompts take what a step has room for.
 
     nano-vLLM's `enforce_eager` (no CUDA graphs) and `tensor_parallel_size=1` are accepted.
     Raises ModelError for a checkpoint or setting that cannot be served, ParameterError for a request out of range.
@@ -108,6 +110,7 @@ class LLM:
             raise ModelError("tensor_parallel_size above 1 is not supported")
         if options.pop("enforce_eager", False):
             options["cuda_graphs"] = False
+        options.setdefault("max_prefill_beside_decode", sys.maxsize)
         names = tuple(v if v == AUTO else parse_format(v).name for v in variants or [AUTO])
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from engine import LLM, ParameterError, SamplingParams
 from engine.config import ModelError
 from engine.core import StepResult
 from engine.messages import AddRequest
+from engine.runner import Flight
+from engine.scheduler import Scheduled
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -98,6 +101,25 @@ def test_the_first_step_begins_before_the_last_prompt_is_added(monkeypatch: pyte
     with pytest.raises(ParameterError, match="vocabulary"):
         llm.generate([*([i] * 24 for i in range(8)), [10_000_000]], GREEDY, use_tqdm=False)
     assert calls.count("step") == 1 and not llm.engine.has_work and llm.engine.blocks.num_used == 0
+
+
+@pytest.mark.parametrize(("given", "beside"), [({}, 2059), ({"max_prefill_beside_decode": 256}, 256)])
+def test_prompts_take_what_a_step_has_room_for(
+    given: dict[str, int], beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside decode, where a server bounds them for its streams; unless the caller does."""
+    llm = LLM(POCKET, variants=["bf16"], max_num_batched_tokens=2060, kv_cache_tokens=8192, num_threads=1, **given)
+    steps: list[list[int]] = []
+    launch = llm.engine.runner.launch
+
+    def watched(step: dict[str, list[Scheduled]], *rest: Any) -> Flight:
+        steps.append([s.num_tokens for s in step["bf16"]])
+        return launch(step, *rest)
+
+    monkeypatch.setattr(llm.engine.runner, "launch", watched)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    llm.generate([[7] * 100, [8] * 2040, [9] * 2040], params, use_tqdm=False)
+    assert steps[:2] == [[100, 1960], [1, 80, beside - 80]]
 
 
 def test_no_step_of_a_call_waits_for_a_full_collection(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
