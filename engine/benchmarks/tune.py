@@ -8,10 +8,10 @@
 
 For each shape of matrix, and each range of rows that the engine's kernels take: every tile that the kernels know for
 any chip and that fits this one, for few rows smaller ones, and where the chip has them bulk tiles with all the buffers
-that there is room for; each with one and more parts of the inputs. All are compiled first, by a process for each core.
-Then they are timed: random weights of a few hundred MB in turn, so that none stays in the cache, and a CUDA graph of
-all of them. A choice is written where it beats the kernels' own rules by more than 2 %. Some minutes for everything.
-See `engine/kernels/tuned.py`.
+that there is room for; each with one and more parts of the inputs; for 16-bit weights the library, too. All are
+compiled first, by a process for each core. Then they are timed: random weights of a few hundred MB in turn, so that
+none stays in the cache, and a CUDA graph of all of them. A choice is written where it beats the kernels' own rules by
+more than 2 %. Some minutes for everything. See `engine/kernels/tuned.py`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,10 @@ def main(args: argparse.Namespace) -> None:
     compile_all(chosen, device)
     for key, best in tune(chosen, device, seconds_of):
         found.pop(key, None)
-        found |= {key: best} if best else {}
+        if best is not None:
+            found[key] = tuned.choices(device)[key] = (
+                best  # gate and up apart are multiplied by what was found for them
+            )
     import triton
 
     when = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, triton {triton.__version__}"
@@ -197,9 +200,9 @@ def best_choice(case: Case, weights: list[Tensor], clock: Clock) -> Choice | Non
     rules = _seconds(case, None, device, lambda: clock(product, weights))
     timed = {c: _seconds(case, c, device, lambda: clock(product, weights)) for c in choices_of(case, device)}
     best = min(timed, key=lambda choice: timed[choice])
-    better = timed[best] < GAIN * rules
+    better, name = timed[best] < GAIN * rules, best or "no kernel of ours"
     print(
-        f"{case.key:36} of {len(timed):3}, us: {timed[best] * 1e6:8.2f} by {best}, {rules * 1e6:8.2f} by the rules"
+        f"{case.key:36} of {len(timed):3}, us: {timed[best] * 1e6:8.2f} by {name}, {rules * 1e6:8.2f} by the rules"
         f"{'' if better else ', which stay'}",
         flush=True,
     )
@@ -208,8 +211,10 @@ def best_choice(case: Case, weights: list[Tensor], clock: Clock) -> Choice | Non
 
 def product_of(case: Case, device: torch.device) -> Product:
     """The kernel of this case on random rows, with the choice that its entry in the table says."""
+    from engine.kernels.fused import silu_mul
     from engine.kernels.gemv import gemv
-    from engine.kernels.matmul import multiply
+    from engine.kernels.matmul import gated as multiply_gated
+    from engine.kernels.matmul import linear, multiply
 
     wide = case.dtype.itemsize > 1
     groups = -(-case.depth // case.group_size) if case.group_size else 1
@@ -221,7 +226,16 @@ def product_of(case: Case, device: torch.device) -> Product:
         row = _random(1, case.depth, torch.bfloat16, device)
         return lambda weight: gemv(row, weight, scale, None, case.group_size, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
-    x_scale = None if wide else torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
+    if wide and gated:
+
+        def gate_and_up(weight: Tensor) -> Tensor:
+            result = multiply_gated(x, weight)
+            return silu_mul(linear(x, weight)) if result is None else result
+
+        return gate_and_up
+    if wide:
+        return lambda weight: linear(x, weight, out=out)
+    x_scale = torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
     group = case.group_size
     return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, group, out=out, gated=gated)
 
@@ -230,8 +244,10 @@ def choices_of(case: Case, device: torch.device) -> list[Choice]:
     if case.one_row:
         return list(GEMV_TILES)
     num_sms, shared = chip.num_sms(device), chip.shared_memory(device)
-    bulk = bulk_choices(case, num_sms, shared) if _bulk(case, device) else []
-    return bulk if case.kind == "gated" or case.group_size else [*bulk, *product_choices(case, num_sms, shared)]
+    found = bulk_choices(case, num_sms, shared) if _bulk(case, device) else []
+    if case.dtype.itemsize > 1:
+        found.append(tuned.NOT_OURS)
+    return found if case.kind == "gated" or case.group_size else [*found, *product_choices(case, num_sms, shared)]
 
 
 def bulk_choices(case: Case, num_sms: int, shared: int) -> list[Choice]:
@@ -308,7 +324,7 @@ def compile_all(chosen: Iterable[Case], device: torch.device) -> None:
     """
     versions: dict[object, tuple[Case, Choice]] = {}
     for case in chosen:
-        for choice in choices_of(case, device):
+        for choice in filter(None, choices_of(case, device)):
             shape: object = (case.width, case.depth) if case.one_row else (case.depth % choice[2] == 0)
             tile = choice if case.one_row else choice[:6]
             if case.group_size:  # which kernel it is depends on how many groups a program has

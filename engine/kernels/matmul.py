@@ -217,7 +217,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     if x.shape[0] == 1 and x.is_contiguous():
         return gemv(x, weight, None, bias, out=out)
     ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
-    if ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0])):
+    ours = ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0]))
+    if ours and not tuned.not_ours("plain", x, weight):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
     return _by_library(x, weight, bias, out)
 
@@ -232,6 +233,8 @@ def gated(x: Tensor, weight: Tensor) -> Tensor | None:
     """silu(gate) * up of x[M, K] by weight[2I, K], one launch -> [M, I]; None where there is none for such operands."""
     rows, width = x.shape[0], weight.shape[0] // 2
     if not (1 < rows <= BULK_ROWS and x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)):
+        return None
+    if tuned.not_ours("gated", x, weight):
         return None
     return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
 

@@ -9,8 +9,10 @@ A table is a JSON file named for the GPU, in `tuned/` beside this file, or the o
 One row: "gemv/bytes of a weight/N x K", and the numbers of `gemv.TILES`. More rows: "kind/dtype/rows/N x K" for up to
 so many, and block_m, block_n, block_k, num_warps, num_stages of `tiles.Tile`, the operand on the left (0: the rows, 1:
 the weights, 2: the weights, of a bulk tile), and the splits. With scales of groups of G inputs the kind is called
-"gemv-gG", "w8a8-gG" or "digits-gG", and the tile of more rows is a bulk tile. What a table lacks is chosen by the rules
-in `gemv.py` and `tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for another chip.
+"gemv-gG", "w8a8-gG" or "digits-gG", and the tile of more rows is a bulk tile. An entry of 16-bit weights can have no
+numbers: the library multiplies ("plain"), or silu has a launch of its own ("gated"). What a table lacks is chosen by
+the rules in `gemv.py` and `tiles.py`; so is everything on a GPU without a table, or when kernels are chosen as for
+another chip.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ VARIABLE = "OCTAVO_TUNED"
 FOLDER = Path(__file__).parent / "tuned"
 ROWS = (16, 32, 64, 128, 256, 512)  # products of up to so many rows are tuned together
 BULK = 2  # of the numbers that stand for an operand on the left
+NOT_OURS: tuple[int, ...] = ()  # instead of numbers
 
 Choices = dict[str, tuple[int, ...]]
 
@@ -96,6 +99,8 @@ def valid(key: str, numbers: object) -> bool:
     """Whether this is an entry that `gemv` or `multiply` can be given."""
     if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
         return False
+    if not numbers:
+        return key.startswith(("plain/", "gated/")) and "/int8/" not in key and "/float8" not in key
     if key.startswith("gemv"):
         return len(numbers) == 3 and {*numbers[:2]} <= _POWERS and numbers[1] <= 32 and 0 <= numbers[2] <= 64
     if len(numbers) != 7 or not {*numbers[:4]} <= _POWERS:
@@ -111,6 +116,11 @@ def valid(key: str, numbers: object) -> bool:
         and ("-g" not in key or left == BULK)
         and 1 <= splits <= 32
     )
+
+
+def not_ours(kind: str, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the table says that our kernel is not the best for x[M, K] by weight[N, K], both in 16 bits."""
+    return choices(x.device).get(product_key(kind, weight.dtype, x.shape[0], *weight.shape)) == NOT_OURS
 
 
 def tile(numbers: tuple[int, ...]) -> tuple[Tile, int]:

@@ -19,6 +19,8 @@ GOOD = {
     "gemv-g128/1/4096x2048": (8192, 8, 0),
     "w8a8/int8/64/4096x2048": (64, 64, 256, 4, 5, 0, 1),
     "digits-g128/int8/64/4096x2048": (64, 64, 128, 4, 12, tuned.BULK, 3),
+    "plain/bfloat16/256/4096x2048": tuned.NOT_OURS,
+    "gated/bfloat16/256/4096x2048": tuned.NOT_OURS,
 }
 
 
@@ -55,6 +57,9 @@ def test_keys_are_those_that_a_table_may_have() -> None:
         ("gemv/2/4096x2048", [4096, 4]),
         ("gemv/2/4096x2048", [4096, 4, -1]),
         ("gemv/2/4096x2048", "4096"),
+        ("gemv/2/4096x2048", []),
+        ("w8a8/int8/64/4096x2048", []),
+        ("gated/float8_e4m3fn/64/4096x2048", []),
         (tuned.product_key("plain", torch.bfloat16, 513, 4096, 2048), [64, 64, 64, 4, 4, 1, 1]),
         ("plain/bfloat16/48/4096x2048", [64, 64, 64, 4, 4, 1, 1]),
         ("plain/bfloat16/64/4096x2048", [64, 64, 64, 4, 4, 3, 1]),
@@ -135,17 +140,41 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
             assert num_stages * (block_m + gates * block_n) * block_k * dtype.itemsize < 227 << 10
             assert rows // 8 <= block_m <= rows
             assert block_k == 128 or not case.group_size
-        assert not any(choice[5] == tuned.BULK for choice in tune.choices_of(case, cpu)) or kind == "gated"
+        assert not any(choice[5:6] == (tuned.BULK,) for choice in tune.choices_of(case, cpu)) or kind == "gated"
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
     assert matmul.takes_bulk(cpu, torch.bfloat16, *shape) and not matmul.takes_bulk(cpu, torch.float32, *shape)
     assert not matmul.takes_bulk(cpu, torch.int8, 2044, 2048) and not matmul.takes_bulk(cpu, torch.int8, 2048, 2040)
     case = tune.Case("plain", torch.bfloat16, 64, *shape)
-    assert {choice[5] for choice in tune.choices_of(case, cpu)} == {0, 1, tuned.BULK}
+    assert {choice[5] for choice in tune.choices_of(case, cpu) if choice} == {0, 1, tuned.BULK}
+    wide = [tune.choices_of(tune.Case(kind, torch.bfloat16, 64, *shape), cpu) for kind in ("plain", "gated")]
+    assert all(choices.count(tuned.NOT_OURS) == 1 for choices in wide)
+    assert tuned.NOT_OURS not in tune.choices_of(tune.Case("gated", torch.int8, 64, *shape), cpu)
     grouped = {c.key for c in tune.cases([shape], ["w8a8-g128", "digits-g128"], [512], cpu)}
     size = f"{shape[0]}x{shape[1]}"
     assert grouped == {f"digits-g128/{dtype}/512/{size}" for dtype in ("int8", "float8_e4m3fn")}
     kinds = [c.kind for c in tune.cases([shape], ["plain", "gated"], [16, 256, 512], cpu, (12288, 2048))]
     assert kinds.count("plain") == 2 and kinds.count("gated") == 3 * 2 * (shape == (12288, 2048))
+
+
+def test_a_table_leaves_products_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(200, 64).bfloat16(), torch.randn(128, 64).bfloat16()
+    table: tuned.Choices = {}
+    launched: list[bool] = []
+
+    def launch(x: torch.Tensor, *rest: object, gated: bool = False, out: object = None) -> torch.Tensor:
+        launched.append(gated)
+        return x
+
+    monkeypatch.setattr(tuned, "choices", lambda device: table)
+    monkeypatch.setattr(matmul, "multiply", launch)
+    monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
+    assert matmul.linear(x, weight) is x and matmul.gated(x, weight) is x and launched == [False, True]
+    table["plain/bfloat16/256/128x64"] = tuned.NOT_OURS
+    assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert matmul.gated(x, weight) is x and launched == [False, True, True]
+    table["gated/bfloat16/256/128x64"] = tuned.NOT_OURS
+    assert matmul.gated(x, weight) is None and matmul.linear(x[:100], weight).shape == (100, 64)
+    assert launched == [False, True, True, False]
 
 
 def test_tuning_is_restricted_to_what_is_asked_for() -> None:
