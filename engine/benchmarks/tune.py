@@ -115,10 +115,8 @@ def main(args: argparse.Namespace) -> None:
     compile_all(chosen, device)
     for key, best in tune(chosen, device, seconds_of):
         found.pop(key, None)
-        if best is not None:
-            found[key] = tuned.choices(device)[key] = (
-                best  # gate and up apart are multiplied by what was found for them
-            )
+        if best is not None:  # read from here on, too: a gated product is compared with the best plain one
+            found[key] = tuned.choices(device)[key] = best
     import triton
 
     when = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, triton {triton.__version__}"
