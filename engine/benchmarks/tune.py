@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import kernels
 from engine.benchmarks import machine
 from engine.benchmarks.works import captured
 from engine.config import ModelConfig, load_model_config
@@ -209,9 +210,7 @@ def best_choice(case: Case, weights: list[Tensor], clock: Clock) -> Choice | Non
 
 def product_of(case: Case, device: torch.device) -> Product:
     """The kernel of this case on random rows, with the choice that its entry in the table says."""
-    from engine.kernels.fused import silu_mul
     from engine.kernels.gemv import gemv
-    from engine.kernels.matmul import gated as multiply_gated
     from engine.kernels.matmul import linear, multiply
 
     wide = case.dtype.itemsize > 1
@@ -224,15 +223,8 @@ def product_of(case: Case, device: torch.device) -> Product:
         row = _random(1, case.depth, torch.bfloat16, device)
         return lambda weight: gemv(row, weight, scale, None, case.group_size, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
-    if wide and gated:
-
-        def gate_and_up(weight: Tensor) -> Tensor:
-            result = multiply_gated(x, weight)
-            return silu_mul(linear(x, weight)) if result is None else result
-
-        return gate_and_up
     if wide:
-        return lambda weight: linear(x, weight, out=out)
+        return (lambda weight: kernels.gated(x, weight)) if gated else (lambda weight: linear(x, weight, out=out))
     x_scale = torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
     group = case.group_size
     return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, group, out=out, gated=gated)

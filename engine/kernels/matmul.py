@@ -232,9 +232,8 @@ def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
 def gated(x: Tensor, weight: Tensor) -> Tensor | None:
     """silu(gate) * up of x[M, K] by weight[2I, K], one launch -> [M, I]; None where there is none for such operands."""
     rows, width = x.shape[0], weight.shape[0] // 2
-    if not (1 < rows <= BULK_ROWS and x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)):
-        return None
-    if tuned.not_ours("gated", x, weight):
+    ours = 1 < rows <= BULK_ROWS and x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)
+    if not ours or tuned.not_ours("gated", x, weight):
         return None
     return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
 
