@@ -261,7 +261,7 @@ class Runner:
         num_sampled = len(a.sampled)
         prompt_ids, prompt_values = self._prompt_logprobs(model, hidden[num_sampled:], a)
         ids = values = None
-        tokens, num_top = a.sample_rows, 0
+        tokens, num_top = torch.empty(0, dtype=torch.int32), 0
         if a.sampled:
             plan = plan_sampling(a.sampled)
             num_top = max(0, plan.num_logprobs)

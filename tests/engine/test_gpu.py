@@ -69,6 +69,22 @@ def test_greedy_tokens_agree_with_the_reference(folder: Path, qwen2_folder: Path
         assert llm.engine.blocks.num_used == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": False}, {"overlap": False}])
+def test_steps_in_which_nothing_is_sampled(folder: Path, options: dict[str, bool]) -> None:
+    """A prompt that takes several, and one that is only read."""
+    budget = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "kv_cache_tokens": 1024}
+    llm = LLM(folder, device="cuda", dtype="float32", enable_prefix_caching=False, **budget, **options)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    out = llm.generate([PROMPTS[4]], params, use_tqdm=False)[0]
+    assert len(PROMPTS[4]) > 2 * 48 and len(out["token_ids"]) == 8
+    agrees(folder, PROMPTS[4], out["token_ids"], "bf16")
+    for asked in ({}, {"prompt_logprobs": 0}):
+        params = SamplingParams(temperature=0, max_tokens=0, **asked)
+        out = llm.generate([PROMPTS[4]], params, use_tqdm=False)[0]
+        assert out["token_ids"] == [] and out["finish_reason"] == "length"
+        assert len(out.get("prompt_logprobs", [])) == (len(PROMPTS[4]) if asked else 0)
+
+
 @pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 64}, {"max_num_batched_tokens": 48}])
 def test_greedy_tokens_over_8_bit_caches_agree_with_the_reference(
     folder: Path, qwen2_folder: Path, options: dict[str, int]
