@@ -88,9 +88,11 @@ class _Output:
 
 @contextmanager
 def _without_full_collections() -> Iterator[None]:
-    """A search for garbage among all of torch's objects and ours takes up to 0.15 s: only new objects are searched."""
+    """A search for garbage among all of torch's objects and ours takes up to 0.15 s: only new objects are searched, and
+    not so often that those of running steps are taken for old ones, after which Python searches all.
+    """
     young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, 1 << 30)
+    gc.set_threshold(max(young, 50_000), middle, 1 << 30)
     try:
         yield
     finally:
