@@ -41,7 +41,9 @@ def _choose(key, found, TOP: tl.constexpr):
     """The indices of the TOP largest of key[N] int32, of equal ones the first, in their order. found: TOP int32
     of memory.
     """
-    low, high = tl.min(key, axis=0), tl.max(key, axis=0)
+    # Cut in TOP parts, there are TOP values that are no less than the least of the parts' largest.
+    largest = tl.max(tl.reshape(key, (TOP, key.shape[0] // TOP)), axis=1)
+    low, high = tl.min(largest, axis=0), tl.max(largest, axis=0)
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up
         if tl.sum((key >= middle).to(tl.int32), axis=0) >= TOP:

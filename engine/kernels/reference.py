@@ -196,7 +196,7 @@ def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, num_ids
     """[B, num_ids] fp32 standard Gumbel noise, a function of (seed, position, id) alone; all [B] int32."""
     key = mix(mix(mix(seed_low) ^ seed_high) + positions)[:, None]
     ids = torch.arange(num_ids, dtype=torch.int32, device=key.device)[None, :]
-    bits = mix(mix(ids * (0x9E3779B1 - (1 << 32)) ^ key) + key)  # the golden ratio spreads neighbouring ids
+    bits = mix(ids * (0x9E3779B1 - (1 << 32)) ^ key)  # the golden ratio spreads neighbouring ids
     uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in fp32
     return -torch.log(-torch.log(uniform))
 

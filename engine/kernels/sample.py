@@ -14,11 +14,13 @@ it left out, draws among them:
               these, unless more ids tie with the last one kept
     min-p     the pivot follows from the largest logit
     top-p     an id belongs to the nucleus if the mass of the ids above it is below the limit top_p * total: a property
-              of the id's logit, and the larger the logit, the truer. So: draw from all ids, then `check_kernel` adds up
-              the mass above the drawn one. Below the limit, it is what drawing from the nucleus alone would give.
-              Otherwise the whole nucleus lies above it: it is the pivot of the next draw. With top_p 0.95 one row in
-              twenty needs the second draw. (Drawing first and checking afterwards is known from FlashInfer's sampling
-              kernels; here the noise is a function of the id, so that the result is the arg max over the nucleus.)
+              of the id's logit, and the larger the logit, the truer. So: draw from all ids, then bound the mass above
+              the drawn one by that of the groups whose largest logit is above it. Where that reaches the limit,
+              `check_kernel` adds up the mass itself. Below the limit, the draw is what drawing from the nucleus alone
+              would give. Otherwise the whole nucleus lies above it: it is the pivot of the next draw. With top_p 0.95
+              one row in twenty needs the second draw. (Drawing first and checking afterwards is known from
+              FlashInfer's sampling kernels; here the noise is a function of the id, so that the result is the arg max
+              over the nucleus.)
 
 Rows to be checked stand in a queue; the last program of a row to end draws again if need be and puts it into the next
 queue. The grid is as large as the device, whatever the queue holds: a program that finds nothing to do costs 4 ns, and
@@ -26,7 +28,7 @@ would there be one for each slice of 256 rows, 39 us a launch. What is open afte
 row.
 
 Floor: B * V * itemsize bytes, 78 MB and 18 us for 256 rows of 151,936 in bf16 on an H200; with top-p twice that. With
-noise the hash of each id: 20 instructions on the half-rate integer units, 50 us.
+noise the hash of each id: 10 instructions on the half-rate integer units, 25 us.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -86,7 +88,7 @@ def _noise_key(ints, at, position):
 
 @triton.jit
 def _uniform(ids, key):
-    bits = _mix(_mix((ids.to(tl.uint32) * 0x9E3779B1) ^ key) + key)
+    bits = _mix((ids.to(tl.uint32) * 0x9E3779B1) ^ key)
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
 
 
@@ -121,7 +123,7 @@ def _bound(logit, ids, t, key, FAST: tl.constexpr):
     """At least `_drawn`, but for rounding: -log(1 - v) is at least v + v^2 / 2 + v^3 / 3."""
     v = 1.0 - _uniform(ids, key)
     least = v * (1.0 + v * (0.5 + v * (1.0 / 3.0)))
-    return logit / tl.maximum(t, 1e-5) - _LN_2 * _log2(least, FAST)
+    return logit * (1.0 / tl.maximum(t, 1e-5)) - _LN_2 * _log2(least, FAST)
 
 
 @triton.jit
@@ -282,10 +284,13 @@ def scan_kernel(
             total = _group_sums(all_, largest, 1.0, FAST)
             tl.store(sums + place, largest + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0), mask=exists)
     if is_ranked == 0:
-        bound = logit
         if t > 0:
             bound = _bound(logit, ids, t, _noise_key(ints, at, tl.load(positions + row)), FAST)
-        tl.store(bounds + place, tl.max(bound, axis=1), mask=exists)
+            tl.store(bounds + place, tl.max(bound, axis=1), mask=exists)
+        elif FULL:
+            tl.store(bounds + place, peak, mask=exists)
+        else:
+            tl.store(bounds + place, tl.max(logit, axis=1), mask=exists)
 
 
 @triton.jit(
@@ -377,25 +382,28 @@ def join_kernel(
                     pivot, searches = _below(edge), True
         if WIDE and (t > 0) & (top_k > TOP):
             pivot = _below(tl.load(thresholds + row))
-        if (t > 0) & (top_k <= 0) & ((top_p < 1) | (min_p > 0)):
+        if (t > 0) & (top_k <= 0) & (min_p > 0):
             group = tl.arange(0, MAX_GROUPS)
             peaks = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
-            row_peak = tl.max(peaks, axis=0)
-            if min_p > 0:
-                pivot = _below(row_peak + warm * tl.log(min_p))
-            if top_p < 1:
-                part = tl.load(masses + first + group, mask=group < num_groups, other=0.0)
-                total = tl.sum(part * tl.exp((peaks - row_peak) / warm), axis=0)
-                tl.store(row_peaks + row, row_peak)
-                tl.store(scales + row, (1.0 / warm) * _LOG2_E)
-                tl.store(limits + row, top_p * total)
+            pivot = _below(tl.max(peaks, axis=0) + warm * tl.log(min_p))
         if searches:
             token = _search(
                 *(own, bounds, group_peaks, pivot, is_ranked, num_ids, num_groups, t, key, FULL, GROUP, MAX_GROUPS)
             )
         token = tl.minimum(token, num_ids - 1)  # of logits that are no numbers, too, an id
         if has_nucleus:
-            _queue(row, tl.load(own + token).to(tl.float32), pivots, queues, counts, 0, num_rows)
+            group = tl.arange(0, MAX_GROUPS)
+            peaks = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
+            mass = tl.load(masses + first + group, mask=group < num_groups, other=0.0)
+            row_peak = tl.max(peaks, axis=0)
+            mass *= tl.exp((peaks - row_peak) / warm)
+            chosen, limit = tl.load(own + token).to(tl.float32), top_p * tl.sum(mass, axis=0)
+            # All of the groups that hold ids above it, a little less than the limit for rounding: it is in the nucleus.
+            if tl.sum(tl.where(peaks > chosen, mass, 0.0), axis=0) >= 0.9999 * limit:
+                tl.store(row_peaks + row, row_peak)
+                tl.store(scales + row, (1.0 / warm) * _LOG2_E)
+                tl.store(limits + row, limit)
+                _queue(row, chosen, pivots, queues, counts, 0, num_rows)
     else:
         token = _search(
             *(own, bounds, bounds, float("-inf"), False, num_ids, num_groups, t, key, FULL, GROUP, MAX_GROUPS)
@@ -605,6 +613,7 @@ def draw(
         MAX_GROUPS=max_groups,
         SHIFT=same_bits(logits.dtype),
         num_warps=8,
+        maxnreg=128,  # so that two rows' programs fit on an SM
         **dependent,
     )
     if not filtered:
