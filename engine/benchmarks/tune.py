@@ -114,14 +114,14 @@ def main(args: argparse.Namespace) -> None:
     found = dict(kept)
     chosen = list(cases(shapes, kinds, rows, device, gate_up))
     compile_all(chosen, device)
+    import triton
+
+    when = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, triton {triton.__version__}"
     for key, best in tune(chosen, device, seconds_of):
         found.pop(key, None)
         if best is not None:  # read from here on, too: a gated product is compared with the best plain one
             found[key] = tuned.choices(device)[key] = best
-    import triton
-
-    when = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, triton {triton.__version__}"
-    tuned.write(path, gpu, when, found)
+        tuned.write(path, gpu, when, found)  # each time: who interrupts it keeps what was found
     print(f"{len(found)} choices in {path}")
 
 
