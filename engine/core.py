@@ -294,7 +294,8 @@ class Engine:
             self._finish_if_done(sequence, token, result)
         for scheduled in share.scheduled:
             sequence = scheduled.sequence
-            if sequence.params.max_tokens == 0 and not sequence.finished and sequence.wants == 0:
+            read = scheduled.start + scheduled.num_tokens == sequence.prompt_len  # a later step's results may be due
+            if sequence.params.max_tokens == 0 and not sequence.finished and read:
                 self._start(sequence, result)
                 self._finish(sequence, "length", result)
 

@@ -243,6 +243,21 @@ def test_prompt_logprobs_start_and_prefix_cache(checkpoint: Checkpoint) -> None:
         torch.testing.assert_close(torch.tensor(got.values), torch.tensor(want.values), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_prompt_that_is_only_read_reports_every_position(checkpoint: Checkpoint, overlap: bool) -> None:
+    """In steps that overlap, too: results of one arrive when the last one has been scheduled."""
+    prompts = [[(7 * i + j) % 150 for j in range(n)] for i, n in enumerate((100, 60, 33, 7))]
+    options = {"kv_cache_tokens": 1024, "max_num_batched_tokens": 32, "max_num_seqs": 4, "enable_prefix_caching": False}
+    llm = LLM(checkpoint("qwen3"), overlap=overlap, **options)
+    params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=0)
+    for prompt, out in zip(prompts, generate(llm, params, prompts), strict=True):
+        want = tiny.reference_logits(checkpoint("qwen3"), prompt).log_softmax(-1)
+        assert out["finish_reason"] == "length" and out["prompt_logprobs"][0] is None
+        got = torch.tensor([entry.values[0] for entry in out["prompt_logprobs"][1:]])
+        torch.testing.assert_close(got, want[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0], atol=1e-4, rtol=0)
+    assert not llm.engine.has_work and llm.engine.blocks.num_used == 0
+
+
 WRONG = [
     {"temperature": -1},
     {"temperature": float("nan")},
