@@ -1,6 +1,6 @@
 """The pieces of work that every engine is timed on, through `LLM.generate`, and what their limits are.
 
-    decode_bN   N sequences of 128 tokens in: (time of 257 tokens out - time of 1 out), greedy; tokens/s
+    decode_bN   N sequences of 128 tokens in: (least time of 257 tokens out - least time of 1 out), greedy; tokens/s
     prefill     32 prompts of 2,048 tokens, 1 out each; prompt tokens/s
     mixed256    256 requests of 100 to 1,024 tokens in and as many out, temperature 0.6; tokens/s out
     linears     the matrix products of all layers, without the head, by rows; on a GPU in one CUDA graph; seconds
@@ -86,15 +86,17 @@ class Bench:
             yield self.prefill() if work == "prefill" else self.mixed()
 
     def decode(self, batch: int) -> Figure:
+        """The best of the rounds' differences would be that of the slowest call of one token."""
         inputs, steps = max(128 // self.scale, 1), max(256 // self.scale, 1)
-
-        def tokens_per_second() -> float:
-            seconds = self._time([inputs] * batch, [steps + 1] * batch) - self._time([inputs] * batch, [1] * batch)
-            return batch * steps / seconds
-
         self._time([inputs] * batch, [2] * batch)
+        times = [
+            (self._time([inputs] * batch, [steps + 1] * batch), self._time([inputs] * batch, [1] * batch))
+            for _ in range(self.rounds)
+        ]
+        whole, first = map(min, zip(*times, strict=True))
+        rounds = [batch * steps / (a - b) for a, b in times]
         least = self.limits.decode_step(batch, batch * (inputs + (steps + 1) / 2))
-        return self._figure(f"decode_b{batch}", tokens_per_second, batch / least)
+        return Figure(f"decode_b{batch}", "tok/s", batch * steps / (whole - first), batch / least, rounds)
 
     def prefill(self) -> Figure:
         lengths = [max(2048 // self.scale, 1)] * 32

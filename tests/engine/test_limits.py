@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from engine import bench
 from engine.benchmarks.limits import Limits, Product
 from engine.benchmarks.tune import matrices
 from engine.benchmarks.twins import compare
-from engine.benchmarks.works import longest, most_sequences, parse_works
+from engine.benchmarks.works import Bench, longest, most_sequences, parse_works
 from engine.config import load_model_config
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
@@ -79,6 +81,17 @@ def test_every_work_of_a_variant(
     assert all(f["measured"] > 0 and f["limit"] > 0 and f["fraction"] > 0 for f in figures)
     assert written["rates"]["copy"] > 0 and "float32" in written["rates"]["products"]
     assert "measured / limit" in capsys.readouterr().out
+
+
+def test_a_slow_call_of_one_token_does_not_make_decode_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm: Any = SimpleNamespace(engine=SimpleNamespace(num_ids=100))
+    limits: Any = SimpleNamespace(decode_step=lambda batch, tokens: 0.001)
+    seconds = iter([0.0, 2.0, 1.0, 2.1, 1.8, 1.9, 1.0])  # the first once, then 257 tokens and one by turns
+    bench = Bench(llm, "bf16", limits, scale=1, rounds=3)
+    monkeypatch.setattr(bench, "_time", lambda *_: next(seconds))
+    figure = bench.decode(4)
+    assert figure.measured == pytest.approx(4 * 256 / 0.9)
+    assert figure.rounds == pytest.approx([4 * 256 / 1.0, 4 * 256 / 0.3, 4 * 256 / 0.9])
 
 
 def test_selfcheck_reports_the_whole(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
