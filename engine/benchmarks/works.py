@@ -86,7 +86,7 @@ class Bench:
             yield self.prefill() if work == "prefill" else self.mixed()
 
     def decode(self, batch: int) -> Figure:
-        """The best of the rounds' differences would be that of the slowest call of one token."""
+        # Of the differences of each round the best would be that of the slowest call of one token.
         inputs, steps = max(128 // self.scale, 1), max(256 // self.scale, 1)
         self._time([inputs] * batch, [2] * batch)
         times = [
