@@ -294,8 +294,9 @@ class Engine:
             self._finish_if_done(sequence, token, result)
         for scheduled in share.scheduled:
             sequence = scheduled.sequence
-            read = scheduled.start + scheduled.num_tokens == sequence.prompt_len  # a later step's results may be due
-            if sequence.params.max_tokens == 0 and not sequence.finished and read:
+            if sequence.params.max_tokens > 0 or sequence.finished:
+                continue
+            if scheduled.start + scheduled.num_tokens == sequence.prompt_len:  # else results of later steps are due
                 self._start(sequence, result)
                 self._finish(sequence, "length", result)
 

@@ -285,12 +285,12 @@ def scan_kernel(
             tl.store(sums + place, largest + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0), mask=exists)
     if is_ranked == 0:
         if t > 0:
-            bound = _bound(logit, ids, t, _noise_key(ints, at, tl.load(positions + row)), FAST)
-            tl.store(bounds + place, tl.max(bound, axis=1), mask=exists)
+            bound = tl.max(_bound(logit, ids, t, _noise_key(ints, at, tl.load(positions + row)), FAST), axis=1)
         elif FULL:
-            tl.store(bounds + place, peak, mask=exists)
+            bound = peak
         else:
-            tl.store(bounds + place, tl.max(logit, axis=1), mask=exists)
+            bound = tl.max(logit, axis=1)
+        tl.store(bounds + place, bound, mask=exists)
 
 
 @triton.jit(
