@@ -144,7 +144,7 @@ def plan_memory(
 
 def graph_bytes(config: EngineConfig, max_len: int, full_batch: int) -> int:
     """Allowance for the CUDA graphs of one variant; what those of all variants share comes once."""
-    layouts = mixed_layouts(config.max_num_seqs, max_len, full_batch)
+    layouts = mixed_layouts(config, max_len, full_batch)
     return GRAPH_BYTES * (len(decode_sizes(min(config.max_num_seqs, MAX_GRAPH_SIZE))) + len(layouts))
 
 
@@ -173,7 +173,7 @@ def _reserves(
     reserves["activations of a step"] = c.max_num_batched_tokens * widest * dtype.itemsize
     reserves["logits of a step"] = 6 * max(c.max_num_seqs, PROMPT_LOGPROB_ROWS) * m.vocab_size * 4
     if c.cuda_graphs:
-        layouts = mixed_layouts(c.max_num_seqs, max_len, full_batch)
+        layouts = mixed_layouts(c, max_len, full_batch)
         hidden = max((x.num_outputs for x in layouts), default=0) * m.hidden_size
         logits = min(c.max_num_seqs, MAX_GRAPH_SIZE) * m.vocab_size
         reserves["outputs of CUDA graphs"] = (hidden + logits) * dtype.itemsize

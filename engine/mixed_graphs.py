@@ -1,5 +1,6 @@
 """CUDA graphs of small mixed batches: prefill beside decode in one launch, so that neither waits for the host. And of
-full batches of prompts alone, whose kernels in 8 bits take less time than the host to launch them.
+full batches of prompts, alone or, where steps beside decode may be as long, beside it: their kernels in 8 bits take
+less time than the host to launch them.
 
 A graph has room for so many decoding sequences and so many prefill tokens; a batch runs in the smallest one that holds
 it. Tokens lie in two parts, decodes first, each padded: a padding token has position -1 and stores nothing, a
@@ -13,7 +14,7 @@ All inputs are one int32 vector, so that a step costs one copy: see `Layout`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,14 +22,17 @@ import torch
 from torch import Tensor
 
 from engine.batch import Assembled, Ints, Tables, decode_plan, finish_assembly
+from engine.config import EngineConfig
 from engine.kernels import PREFILL_TILE, WIDENED_CONTEXT, AttentionPlan, KVCache, plan_tiles
 from engine.models.qwen import Batch, Qwen, Wanted
+from engine.quant.linear import W8A8Linear
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 
 DECODES = (16, 64, 256)  # sequences with one token
 TOKENS = (128, 256, 512, 768, 1024, 1536, 2048)  # of all other sequences together
 MAX_PREFILLS = 16  # sequences with more than one token, or one for each 256 tokens
+SHORT = 64  # tokens of a prompt, of a full batch that may be beside decode: it takes one for each so many
 FULL = 31 / 32  # of the tokens of a full batch's graph, at least: padding would cost more than the host does
 MAX_FULL = 8192  # tokens of a full batch that has a graph: it keeps the memory of its activations
 
@@ -41,17 +45,19 @@ class Layout:
 
     N = D + T tokens; S = D + P + 1 sequences, the last one always padding; each piece starts on 16 bytes: token_rows
     [N], positions [N], rows [S], query_starts [S + 1], contexts [S], tiles [num_tiles, 2]. widens: what the contexts of
-    the P sequences are together at most is so little that an 8-bit one is widened once.
+    the P sequences are together at most is so little that an 8-bit one is widened once. full: for batches alone that
+    nearly have T tokens.
     """
 
     num_decodes: int
     num_tokens: int
     widens: bool = False
+    full: bool = False
 
     @property
     def num_prefills(self) -> int:
         """P: sequences with more than one token, at most."""
-        return max(MAX_PREFILLS, self.num_tokens // 256)
+        return max(MAX_PREFILLS, self.num_tokens // (SHORT if self.full and self.num_decodes else 256))
 
     @property
     def most_context(self) -> int | None:
@@ -63,7 +69,7 @@ class Layout:
             num_decodes <= self.num_decodes
             and num_prefills <= self.num_prefills
             and num_tokens <= self.num_tokens
-            and (self.num_decodes > 0 or num_tokens >= FULL * self.num_tokens)
+            and (not self.full or num_decodes + num_tokens >= FULL * self.num_tokens)
             and (not self.widens or context <= WIDENED_CONTEXT * self.num_tokens)
         )
 
@@ -129,15 +135,25 @@ class Layout:
         return vector.numpy()
 
 
-def mixed_layouts(max_num_seqs: int, max_len: int, full_batch: int) -> list[Layout]:
-    """The layouts that are captured for up to so many sequences of up to `max_len` tokens. full_batch: tokens of a full
-    batch of prompts that is to have one, 0 for none.
+def mixed_layouts(config: EngineConfig, max_len: int, full_batch: int) -> list[Layout]:
+    """The layouts that are captured for sequences of up to `max_len` tokens. full_batch: tokens of a full batch of
+    prompts that is to have one, 0 for none.
     """
-    decodes = [d for d in DECODES if d < max_num_seqs] + [min(max_num_seqs, DECODES[-1])]
-    sizes = [(d, t) for d in decodes for t in TOKENS if t <= max_len]
+    most = min(config.max_num_seqs, DECODES[-1])
+    decodes = [d for d in DECODES if d < most] + [most]
+    layouts = [Layout(d, t) for d in decodes for t in TOKENS if t <= max_len]
     if full_batch:
-        sizes.append((0, full_batch))
-    return [Layout(d, t, widens) for d, t in sizes for widens in (False, True)]
+        layouts.append(Layout(0, full_batch, full=True))
+    if full_batch and config.max_prefill_beside_decode >= full_batch:
+        layouts.append(Layout(most, full_batch, full=True))
+    return [replace(x, widens=widens) for x in layouts for widens in (False, True)]
+
+
+def outruns_host(model: Qwen) -> bool:
+    """Whether the kernels of a full step, launched one by one, may take less time than the host: those of 8-bit
+    products do.
+    """
+    return any(isinstance(layer.gate_up, W8A8Linear) for layer in model.layers)
 
 
 class MixedGraphs:
@@ -149,11 +165,10 @@ class MixedGraphs:
         tables: Tables,
         kv: dict[str, list[KVCache]],
         block_sizes: dict[str, int],
-        full_batch: int,
+        layouts: list[Layout],
     ) -> None:
         self.models, self.tables, self.kv, self.block_sizes = models, tables, kv, block_sizes
-        self._spare = tables.tokens.shape[0] - 1
-        self.layouts = mixed_layouts(self._spare, tables.tokens.shape[1] - 1, full_batch)
+        self._spare, self.layouts = tables.tokens.shape[0] - 1, layouts
         largest = max(self.layouts, key=lambda x: x.length, default=Layout(0, 0))
         num_outputs = max((x.num_outputs for x in self.layouts), default=0)
         device = tables.tokens.device
@@ -171,8 +186,12 @@ class MixedGraphs:
 
     @torch.inference_mode()
     def capture_one(self, variant: str, layout: Layout, record: Record) -> None:
-        """Capture one variant's forward, between steps or at start. Contexts in 16 bits need no widening."""
+        """Capture one variant's forward, between steps or at start, where it is of use: contexts in 16 bits need no
+        widening, and the host has time enough beside full steps in 16 bits.
+        """
         if layout.widens and self.kv[variant][0].k_scale is None:
+            return
+        if layout.full and layout.num_decodes and not outruns_host(self.models[variant]):
             return
         self._vector[: layout.length].copy_(to_device(layout.pack([], self._spare), self._vector.device))
         self._graphs[variant, layout] = record(partial(self._run, variant, layout))

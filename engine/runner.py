@@ -29,7 +29,7 @@ from engine.memory import (
     plan_memory,
     planned_weights,
 )
-from engine.mixed_graphs import MixedGraphs
+from engine.mixed_graphs import MixedGraphs, mixed_layouts
 from engine.models.qwen import Qwen, Wanted
 from engine.quant.formats import FORMATS, Format, kept_matrices, parse_format
 from engine.quant.memory import WeightBytes, count_bytes
@@ -145,13 +145,14 @@ class Runner:
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
             self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size)
             self.graphs.capture()
-            full_batch = self.plan.full_batch
-            self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes, full_batch)
+            layouts = mixed_layouts(config, self.max_model_len, self.plan.full_batch)
+            self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes, layouts)
             self.mixed_graphs.capture(self.graphs.record)
             taken = free - torch.cuda.mem_get_info(self.device)[0]
             planned = sum(size for name, size in self.plan.reserves.items() if "CUDA graphs" in name)
             log.info("CUDA graphs took %.0f MiB; the plan has %.0f for them", taken / 2**20, planned / 2**20)
         if self.device.type == "cuda":
+            kernels.warm_up(self.device, self.dtype)
             for name in self.variants:
                 for size in WARM_UP_ROWS:
                     self.warm_up(name, size)

@@ -46,6 +46,7 @@ __all__ = [
     "survey",
     "takes_digits",
     "w8a8_matmul",
+    "warm_up",
     "weight_only_matmul",
 ]
 
@@ -378,16 +379,16 @@ def weight_only_matmul(
 
 def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
     """x[M, K], weight[2I, K] (gate | up) -> `silu_mul` of their product [M, I], which is `linear` where scale is None,
-    else `weight_only_matmul`. One row is one launch on a GPU, and so are up to 256 by 16-bit weights on sm_90.
+    else `weight_only_matmul`. One row is one launch on a GPU, and so are more by 16-bit weights on sm_90.
     """
     if x.is_cuda and x.shape[0] == 1:
         from engine.kernels import gemv
 
         return gemv.gemv(x, weight, scale, None, group_size, gated=True)
-    if x.is_cuda and scale is None:
+    if x.is_cuda:
         from engine.kernels import matmul
 
-        product = matmul.gated(x, weight)
+        product = matmul.gated(x, weight, scale, group_size)
         if product is not None:
             return product
     return silu_mul(linear(x, weight) if scale is None else weight_only_matmul(x, weight, scale, None, group_size))
@@ -402,6 +403,14 @@ def gated_codes(x: Quantised, weight: Tensor, scale: Tensor) -> Tensor | None:
     from engine.kernels import matmul
 
     return matmul.gated_codes(x.qdata, x.scale, weight, scale, x.dtype)
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile the products that only batches of some sizes take, so that none is compiled later."""
+    if device.type == "cuda":
+        from engine.kernels import matmul
+
+        matmul.warm_up(device, dtype)
 
 
 def added(

@@ -34,10 +34,13 @@ from engine.kernels.convert import LOW_FP8, LOW_INT8, codes, dequantize, split_t
 from engine.kernels.gemv import gemv
 from engine.kernels.tiles import (
     DIGITS,
+    GATED_GROUPS,
+    GATED_ROWS,
     PLAIN,
     W8A8,
     WEIGHT_ONLY,
     Tile,
+    choose_groups,
     choose_splits,
     choose_tile,
     empty_rows,
@@ -229,13 +232,36 @@ def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def gated(x: Tensor, weight: Tensor) -> Tensor | None:
-    """silu(gate) * up of x[M, K] by weight[2I, K], one launch -> [M, I]; None where there is none for such operands."""
+def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor | None:
+    """silu(gate) * up of x[M, K] by weight[2I, K], one launch -> [M, I]; None where there is none for such operands.
+    Of 8-bit weights, which are then widened first, there is one for many rows.
+    """
     rows, width = x.shape[0], weight.shape[0] // 2
-    ours = 1 < rows <= BULK_ROWS and x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)
+    ours = x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)
+    if rows > BULK_ROWS:
+        groups = choose_groups(rows, width, chip.num_sms(x.device)) if ours else 0
+        if not groups:
+            return None
+        if scale is not None:
+            _check(x, weight, scale, None, group_size)
+            weight = dequantize(weight, scale, group_size, x.dtype)
+        from engine.kernels import gated_hopper
+
+        return gated_hopper.launch(x, weight, groups)
+    ours = ours and rows > 1 and scale is None
     if not ours or tuned.not_ours("gated", x, weight):
         return None
     return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile what only batches of some sizes take."""
+    x = torch.zeros(GATED_ROWS, 64, dtype=dtype, device=device)
+    if x.itemsize == 2 and takes_bulk(device, dtype, GATED_ROWS, GATED_ROWS):
+        from engine.kernels import gated_hopper
+
+        for groups in GATED_GROUPS:
+            gated_hopper.launch(x, x, groups)
 
 
 def gated_codes(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -18,6 +18,11 @@ _MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts 
 _MIN_BULK_DEPTH = 1024  # of a bulk tile
 _MIN_GROUPED_DEPTH, _MIN_FEW_DEPTH = 2048, 640  # of one with scales of groups, and with up to 16 rows besides
 
+GATED_ROWS, GATED_WIDTH = 64, 128  # of `gated_hopper.py`: tokens of a group of warps, columns of a tile
+GATED_GROUPS = (2, 3)  # of a program
+_MIN_SHARE = 0.84  # of the SMs' time that its tiles fill, at least: with less the library and silu apart are as fast
+_THREE = 1.03  # what a program of three groups has over one of two where they fill as much
+
 ROOM_ROWS = 512  # up to so many, rows that a product takes have memory behind them for a whole bulk tile
 
 # The kinds of product: both in one wide type, 8-bit weights; from W8A8 on both in 8 bits: one digit, two digits.
@@ -177,6 +182,17 @@ def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
     candidates = next(c for max_rows, c in tiles if rows <= max_rows)
     one_wave = (t for t in candidates if triton.cdiv(rows, t.block_m) * triton.cdiv(width, t.block_n) <= num_sms)
     return next(one_wave, candidates[-1])
+
+
+def choose_groups(rows: int, width: int, num_sms: int) -> int:
+    """How many groups of warps a program of `gated_hopper.py` has for out[rows, width]; 0: the library multiplies."""
+    shares = {}
+    for groups in GATED_GROUPS:
+        height = groups * GATED_ROWS
+        turns = triton.cdiv(triton.cdiv(rows, height) * triton.cdiv(width, GATED_WIDTH), num_sms)
+        shares[groups] = rows * width / (turns * num_sms * height * GATED_WIDTH)
+    best = 3 if shares[3] * _THREE >= shares[2] else 2
+    return best if shares[best] >= _MIN_SHARE else 0
 
 
 def choose_splits(num_tiles: int, depth: int, num_sms: int, tile: Tile, group_size: int = 0) -> int:

@@ -15,10 +15,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from engine import LLM, SamplingParams, kernels
+from engine import LLM, SamplingParams, kernels, mixed_graphs
+from engine.batch import Assembled
+from engine.config import EngineConfig
 from engine.kernels import AttentionPlan, KVCache, reference
-from engine.mixed_graphs import Layout, MixedGraphs, mixed_layouts
+from engine.mixed_graphs import Layout, MixedGraphs, mixed_layouts, outruns_host
 from engine.models.qwen import Batch, Qwen
+from engine.scheduler import Scheduled
 
 Checkpoint = Callable[[str], Path]
 Forward = Callable[[Qwen, Batch, list[KVCache]], Tensor]
@@ -97,9 +100,11 @@ def test_wanted_hidden_states_are_those_of_the_whole(checkpoint: Checkpoint, fam
     assert seen == {"all", "none", "last", "some"}
 
 
-def test_a_mixed_graph_gives_the_hidden_states_that_are_sampled(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("beside", [40, 150])
+def test_a_mixed_graph_gives_the_hidden_states_that_are_sampled(checkpoint: Checkpoint, beside: int) -> None:
     """Its work runs here without being captured; attention is told the lengths that kernels read from the device."""
-    llm = LLM(checkpoint("qwen3"), kv_cache_tokens=2048, max_num_seqs=20, max_num_batched_tokens=150)
+    options = {"max_num_batched_tokens": 150, "max_prefill_beside_decode": beside}
+    llm = LLM(checkpoint("qwen3"), kv_cache_tokens=2048, max_num_seqs=20, **options)
     params = [[PLAIN, PLAIN, OTHERS[0]][i % 3] for i in range(len(PROMPTS))]
     want = answers(llm, params)
     llm.engine.blocks.clear()
@@ -117,19 +122,43 @@ def test_a_mixed_graph_gives_the_hidden_states_that_are_sampled(checkpoint: Chec
         patch.setattr(kernels, "attention", attention)
         patch.setattr(kernels, "rope_and_attend", rope_and_attend)
         runner = llm.engine.runner
-        graphs = MixedGraphs(runner.models, runner.tables, runner.kv, runner.block_sizes, 150)
+        patch.setattr(mixed_graphs, "outruns_host", lambda model: True)
+        layouts = mixed_layouts(llm.engine.config, runner.max_model_len, 150)
+        graphs = MixedGraphs(runner.models, runner.tables, runner.kv, runner.block_sizes, layouts)
         graphs.capture(lambda work: SimpleNamespace(replay=work))  # type: ignore[arg-type, return-value]
         runner.mixed_graphs = graphs
-        before = llm.engine.num_steps
+        before, used = llm.engine.num_steps, set()
+
+        def forward(variant: str, scheduled: list[Scheduled], layout: Layout) -> tuple[Tensor, Assembled]:
+            used.add((layout.num_decodes, layout.num_tokens))
+            return MixedGraphs.forward(graphs, variant, scheduled, layout)
+
+        patch.setattr(graphs, "forward", forward)
         same(answers(llm, params), want)
         assert runner.num_replays == llm.engine.num_steps - before > 12
+        assert ((20, 150) in used) == (beside == 150)
 
 
 def test_which_graph_holds_a_batch() -> None:
-    """A batch of prompts alone must fill its graph; one that widens contexts has room for so many."""
-    full, widening = Layout(0, 8192), Layout(16, 512, widens=True)
+    """A full batch must fill its graph; one that widens contexts has room for so many."""
+    full, beside, widening = Layout(0, 8192, full=True), Layout(256, 8192, full=True), Layout(16, 512, widens=True)
     assert full.holds(0, 4, 8192, 30000) and full.holds(0, 32, 8000, 8000)
-    assert not full.holds(1, 4, 8192, 8192) and not full.holds(0, 33, 8192, 8192) and not full.holds(0, 4, 7900, 7900)
+    assert not full.holds(1, 4, 8191, 8191) and not full.holds(0, 33, 8192, 8192) and not full.holds(0, 4, 7900, 7900)
+    assert beside.holds(0, 128, 8192, 8192) and beside.holds(256, 20, 7936, 9000)
+    assert not beside.holds(256, 20, 7600, 9000) and not beside.holds(0, 129, 8192, 8192)
     assert widening.holds(0, 1, 2, 1024) and not widening.holds(0, 1, 2, 1025)
-    assert [x for x in mixed_layouts(256, 4096, 8192) if not x.num_decodes] == [full, Layout(0, 8192, widens=True)]
-    assert all(x.num_decodes for x in mixed_layouts(256, 4096, 0))
+
+
+@pytest.mark.parametrize("beside", [2048, 8192])
+def test_which_full_batches_have_a_graph(beside: int) -> None:
+    config = EngineConfig(model="", max_num_seqs=100, max_prefill_beside_decode=beside)
+    sizes = [(x.num_decodes, x.num_tokens, x.widens) for x in mixed_layouts(config, 4096, 8192) if x.full]
+    want = [(0, 8192), (100, 8192)] if beside == 8192 else [(0, 8192)]
+    assert sizes == [(*size, widens) for size in want for widens in (False, True)]
+    assert not any(x.full for x in mixed_layouts(config, 4096, 0))
+
+
+def test_the_host_is_outrun_by_8_bit_products_alone(checkpoint: Checkpoint) -> None:
+    variants = ["bf16", "int8-row", "w8a8-fp8-row+kv8"]
+    models = LLM(checkpoint("qwen3"), variants, kv_cache_tokens=2048).engine.runner.models
+    assert [outruns_host(models[name]) for name in variants] == [False, False, True]

@@ -90,6 +90,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             check_early(kernel.asm["ptx"], args[2], **kwargs)
         if kernel.metadata.name == "prefill_hopper_kernel":
             check_asynchronous(kernel.asm["sass"])
+        if kernel.metadata.name == "gated_hopper_kernel":
+            check_steps(kernel.asm["sass"], kwargs["GROUPS"])
         if self is decode_attention.decode_kernel and kwargs["PDL"]:
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             assert "ld.global" in before, "the plan is fetched early"
@@ -152,6 +154,13 @@ def check_asynchronous(sass: str) -> None:
     steps = [after for left, after in waits if left == "1"]
     assert steps and len(waits) < sass.count("HGMMA") // 4, (len(steps), len(waits))
     assert all(step.count("MUFU.EX2") >= 64 for step in steps), [step.count("MUFU.EX2") for step in steps]
+
+
+def check_steps(sass: str, groups: int) -> None:
+    """Each group of warps goes on to the next step while one multiplies, and has all its sums in registers."""
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", sass)
+    assert waits == ["1", "0"] * groups, waits
+    assert "STL" not in sass and "LDL" not in sass
 
 
 def check_alternating(sass: str) -> None:
@@ -222,6 +231,7 @@ def multiply_in_bulk(matrix: torch.Tensor) -> None:
     assert matmul.takes_bulk(x.device, x.dtype, *matrix.shape), "a new Triton: does hopper_matmul.py compile with it?"
     matmul.linear(x, matrix)
     assert matmul.gated(x, matrix) is not None
+    matmul.warm_up(x.device, x.dtype)
     for tile in (some[0] for _, some in PLAIN_BULK):
         matmul.multiply(x, None, matrix, None, bias, x.dtype, 0, tile)
     for tile in (some[0] for _, some in GATED_BULK):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import kernels
 from engine.kernels import Codes, Quantised, convert, matmul, reference
-from engine.kernels.tiles import Tile
+from engine.kernels.tiles import GATED_GROUPS, Tile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -191,8 +191,8 @@ def test_a_product_is_added_to_a_residual(model, num_rows, group):
 @pytest.mark.parametrize(
     ("num_rows", "stored", "group"),
     [
-        *((rows, None, 0) for rows in (1, 3, 30, 100, 256)),
-        *((rows, *how) for rows in (1, 3) for how in ((torch.int8, 0), (torch.float8_e4m3fn, 128))),
+        *((rows, None, 0) for rows in (1, 3, 30, 100, 256, 300, 2048)),
+        *((rows, *how) for rows in (1, 3, 2048) for how in ((torch.int8, 0), (torch.float8_e4m3fn, 128))),
     ],
 )
 @pytest.mark.parametrize("model", LINEARS)
@@ -204,7 +204,8 @@ def test_gated(model, num_rows, stored, group):
         product = x.float() @ weight.float().t()
     else:
         weight, scale = stored_weight(2 * intermediate, hidden, group, stored)
-        product = reference.weight_only_matmul(x.float(), weight, scale, None, group)
+        rounded = torch.bfloat16 if num_rows > matmul.DIGIT_ROWS else torch.float32
+        product = x.float() @ reference.dequantize(weight, scale, group, rounded).float().t()
     got = without_waiting(kernels.gated, x, weight, scale, group)
     expected = reference.silu_mul(product.bfloat16().float())
     torch.testing.assert_close(got.float(), expected, rtol=1.6e-2, atol=float(expected.std()) * 4e-3)
@@ -324,6 +325,23 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
     weight = torch.randn(2 * intermediate, hidden, device="cuda").bfloat16() / 40
     apart = kernels.silu_mul(matmul.multiply(x, None, weight, None, None, x.dtype, 0, bulk(64, 64, 128, 4, 3), 1))
     assert torch.equal(without_waiting(kernels.gated, x, weight), apart)
+
+
+@needs_bulk
+@pytest.mark.parametrize("groups", GATED_GROUPS)
+@pytest.mark.parametrize(
+    ("num_rows", "inputs", "width"),
+    [(1, 2048, 6144), (257, 2048, 6144), (3001, 2048, 6144), (2000, 1536, 8960), (700, 1000, 200), (65, 72, 8)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gated_product_of_many_rows_is_that_of_the_two_kernels(dtype, num_rows, inputs, width, groups):
+    """Bit for bit, also past the edges of tiles: some of tokens, of inputs, and of gate, where up begins."""
+    from engine.kernels import gated_hopper
+
+    x = torch.randn(num_rows, inputs, device="cuda").to(dtype)
+    weight = torch.randn(2 * width, inputs, device="cuda").to(dtype) / 40
+    apart = kernels.silu_mul(matmul.multiply(x, None, weight, None, None, dtype, 0, bulk(64, 64, 64, 4, 3), 1))
+    assert torch.equal(without_waiting(gated_hopper.launch, x, weight, groups), apart)
 
 
 @needs_bulk
