@@ -183,6 +183,9 @@ DECODERS: dict[type[msgspec.Struct], dict[str, msgspec.json.Decoder[Any]]] = {
         AddVariantRequest,
     )
 }
+REQUIRED = {  # listing a schema's fields takes longer than decoding 512 ids
+    schema: [f.name for f in msgspec.structs.fields(schema) if f.required or f.name == "prompt"] for schema in DECODERS
+}
 _PROMPTS = {b"s": msgspec.json.Decoder(str)} | {
     b"[" + first: msgspec.json.Decoder(kind)
     for first, kind in ((b'"', list[str]), (b"[", list[list[int]]), (b"", list[int]))
@@ -218,10 +221,10 @@ def parse(schema: type[Body], body: bytes) -> Body:
             values[name] = value
             if name in ("messages", "logit_bias", "stream_options", "chat_template_kwargs"):
                 _check_names(name, raw)
-    for field in msgspec.structs.fields(schema):
-        if field.name not in values and (field.required or field.name == "prompt"):
-            kind = "missing_required_parameter" if field.name == "model" else "invalid_request"
-            raise ApiError(kind, f"{field.name} is required.", field.name)
+    for name in REQUIRED[schema]:
+        if name not in values:
+            kind = "missing_required_parameter" if name == "model" else "invalid_request"
+            raise ApiError(kind, f"{name} is required.", name)
     return schema(**values)
 
 
