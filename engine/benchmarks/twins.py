@@ -26,6 +26,7 @@ from engine.quant.linear import Linear, PlainLinear, W8A8Linear
 from engine.quant.variants import Variant
 
 ROWS = (1, 7, 40, 300)  # each has kernels or tiles of its own
+GATED_ROWS = (*ROWS, 2048)
 BOUNDS = {torch.float32: (1e-4, 1e-3)}  # mean, worst
 BOUNDS_16_BITS = (1 / 100, 1 / 20)
 DIFFERING_DRAWS = 0.03  # of rows: a logarithm or a sum may round the other way where two scores nearly tie
@@ -165,6 +166,14 @@ def check_products(variant: Variant, dtype: torch.dtype) -> Iterator[Check]:
             x = torch.randn(rows, depth, device=linear.tensors[0].device).to(dtype)
             what = f"{variant.format.name.partition('+')[0]}, {name} [{rows}, {depth}] x [{width}, {depth}]"
             yield compare(what, linear(x), _wide_product(linear, x), dtype)
+    linear = layer.gate_up
+    width, depth = linear.tensors[0].shape
+    for rows in GATED_ROWS:
+        x = torch.randn(rows, depth, device=linear.tensors[0].device).to(dtype)
+        got = linear.gated(x, None)
+        assert isinstance(got, Tensor)
+        what = f"{variant.format.name.partition('+')[0]}, gate_up with silu [{rows}, {depth}] x [{width}, {depth}]"
+        yield compare(what, got, reference.silu_mul(_wide_product(linear, x)), dtype)
 
 
 def _wide_product(linear: Linear, x: Tensor) -> Tensor:
