@@ -41,7 +41,7 @@ from engine.phases import PhaseClock
 from engine.quant.formats import AUTO
 from engine.runner import Flight, PhaseTimer, Runner, VariantFlight, pick_device
 from engine.scheduler import Counters, Scheduler
-from engine.sequence import Sequence
+from engine.sequence import SamplingParams, Sequence
 from engine.variant_changes import VariantChanges
 from engine.weights import count_token_ids
 
@@ -276,8 +276,8 @@ class Engine:
         self.phases[share.variant].add(share.num_prefill_tokens, share.num_decode_tokens, share.clock.seconds())
         self._take_prompt_logprobs(share, result)
         tokens = _rows(share.tokens)
-        ids = _rows(share.ids) if share.ids is not None else None
-        values = _rows(share.values) if share.values is not None else None
+        ids = list(map(tuple, _rows(share.ids))) if share.ids is not None else None
+        values = list(map(tuple, _rows(share.values))) if share.values is not None else None
         for row, (sequence, token) in enumerate(zip(share.sampled, tokens, strict=True)):
             if sequence.finished:
                 continue
@@ -289,7 +289,7 @@ class Engine:
             result.token_ids.append(token)
             logprobs = None
             if ids is not None and values is not None:
-                logprobs = _pick_logprobs(sequence, ids[row], values[row], share.num_top)
+                logprobs = _pick_logprobs(sequence.params, ids[row], values[row], share.num_top)
             result.logprobs.append(logprobs)
             self._finish_if_done(sequence, token, result)
         for scheduled in share.scheduled:
@@ -351,15 +351,14 @@ def _rows(tensor: Tensor) -> list[Any]:
     return tensor.numpy().tolist()  # type: ignore[no-any-return]
 
 
-def _pick_logprobs(sequence: Sequence, ids: list[int], values: list[float], num_top: int) -> Logprobs | None:
+def _pick_logprobs(p: SamplingParams, ids: tuple[int, ...], values: tuple[float, ...], num_top: int) -> Logprobs | None:
     """A sequence's share of its batch's row: the token, its own top-n of the batch's, its named ids."""
-    p = sequence.params
+    if p.logprobs == num_top and len(ids) == 1 + num_top:
+        return Logprobs(ids, values)
     if p.logprobs is None and not p.logprob_token_ids:
         return None
     top, named = slice(0, 1 + (p.logprobs or 0)), slice(1 + num_top, 1 + num_top + len(p.logprob_token_ids))
-    if not p.logprob_token_ids:
-        return Logprobs(tuple(ids[top]), tuple(values[top]))
-    return Logprobs((*ids[top], *ids[named]), (*values[top], *values[named]))
+    return Logprobs(ids[top] + ids[named], values[top] + values[named])
 
 
 def complete(config: EngineConfig, model_config: ModelConfig, on_gpu: bool) -> EngineConfig:

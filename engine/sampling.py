@@ -66,12 +66,16 @@ USUAL = SamplingPlan(filter_width=kernels.LARGEST_TOP_K, nucleus=True, num_logpr
 
 def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
     """Look once at each sequence about to be sampled; the scheduler has counted the token to come in `num_tokens`."""
-    plan = SamplingPlan()
+    draws = {s.draw for s in sequences}
+    plan = SamplingPlan(
+        filter_width=max((d.filter_width for d in draws), default=0),
+        nucleus=any(d.nucleus for d in draws),
+        num_logprobs=max((d.num_logprobs for d in draws), default=-1),
+    )
+    if not any(d.by_row for d in draws):
+        return plan
     for row, s in enumerate(sequences):
         p = s.params
-        if p.temperature > 0:
-            plan.filter_width = max(plan.filter_width, p.top_k, 1 if p.min_p > 0 else 0)
-            plan.nucleus |= p.top_p < 1 and p.top_k <= 0
         if p.has_penalties:
             plan.penalised.append(row)
             plan.penalty_len = max(plan.penalty_len, s.num_tokens - 1)
@@ -81,10 +85,7 @@ def plan_sampling(sequences: list[Sequence]) -> SamplingPlan:
             # A ban replaces a bias: each (row, id) may stand in the list once.
             plan.edits = [e for e in plan.edits if e[0] != row or e[1] not in s.stop_ids]
             plan.edits.extend((row, i, float("-inf")) for i in s.stop_ids)
-        if p.logprobs is not None:
-            plan.num_logprobs = max(plan.num_logprobs, p.logprobs)
         if p.logprob_token_ids:
-            plan.num_logprobs = max(plan.num_logprobs, 0)
             plan.named = plan.named or [[] for _ in sequences]
             plan.named[row] = p.logprob_token_ids
     return plan

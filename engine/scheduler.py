@@ -204,11 +204,13 @@ class Scheduler:
         if samples:
             sequence.num_tokens += 1
         block_size = self.block_sizes[sequence.variant]
-        computed = sequence.blocks[start // block_size : end // block_size]
-        if num_tokens == 1:
-            self._completed += computed
+        first, last = start // block_size, end // block_size
+        if first == last:
             return num_tokens
-        for block in computed:
+        if num_tokens == 1:
+            self._completed.append(sequence.blocks[first])
+            return num_tokens
+        for block in sequence.blocks[first:last]:
             self.blocks.mark_computed(block)
         return num_tokens
 

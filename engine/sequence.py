@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +26,18 @@ class ParameterError(ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class Draw(NamedTuple):
+    """What a sequence's draws need of a batch, as long as it lives. filter_width: of the best ids, how many top-k and
+    min-p must look at. nucleus: top-p without top-k. num_logprobs: -1 for none. by_row: there is more to it, which is
+    looked up for the row in each step.
+    """
+
+    filter_width: int
+    nucleus: bool
+    num_logprobs: int
+    by_row: bool
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,6 +75,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def draw(self) -> Draw:
+        """What each of its draws needs."""
+        random = self.temperature > 0
+        return Draw(
+            filter_width=max(0, self.top_k, 1 if self.min_p > 0 else 0) if random else 0,
+            nucleus=random and self.top_p < 1 and self.top_k <= 0,
+            num_logprobs=max(-1 if self.logprobs is None else self.logprobs, 0 if self.logprob_token_ids else -1),
+            by_row=self.has_penalties or bool(self.logit_bias or self.logprob_token_ids) or self.min_tokens > 0,
+        )
 
 
 def check_params(p: SamplingParams, prompt: list[int], max_model_len: int, vocab_size: int) -> None:
@@ -146,6 +170,7 @@ class Sequence:
         "arrival",
         "blocks",
         "cache_seed",
+        "draw",
         "eos_token_ids",
         "finished",
         "first_scheduled",
@@ -183,6 +208,7 @@ class Sequence:
         self.num_tokens = len(prompt)
         self.num_computed = 0
         self.params = params
+        self.draw = params.draw
         # Ids that end the sequence; min_tokens bans them for a while.
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         self.eos_token_ids = eos_token_ids
@@ -208,7 +234,7 @@ class Sequence:
     @property
     def wants(self) -> int:
         """Tokens it would compute now. A sequence with all its tokens sampled waits for the host to see them."""
-        if self.num_output_tokens >= self.params.max_tokens > 0:
+        if self.num_tokens - self.prompt_len >= self.params.max_tokens > 0:
             return 0
         return self.num_tokens - self.num_computed
 
