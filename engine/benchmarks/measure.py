@@ -4,11 +4,12 @@
     octavo-bench limits DIR --variants bf16,int8-row+kv8 --works decode_b1,decode_b32,linears
     octavo-bench limits models/pocket                                on a CPU: lengths divided by 8
 
-The works: decode_bN (N sequences of 128 tokens in, 256 steps), prefill (32 x 2,048 tokens), mixed256 (256 requests of
-100 to 1,024 tokens in and out) and linears (the layers' matrix products alone, by rows). Limits are arithmetic from two
-rates measured here, of a large copy and of large matrix products: the longer of bytes and FLOPs for each product, with
-the keys and values that decode reads and the FLOPs of prefill's attention added. The best of the rounds counts; their
-spread is in the JSON. Each variant is loaded alone, greedy, without the prefix cache.
+The works: decode_bN (N sequences of 128 tokens in, 256 steps), sampled_bN (the same with temperature, top-p, logprobs
+and end ids; only where it is named), prefill (32 x 2,048 tokens), mixed256 (256 requests of 100 to 1,024 tokens in and
+out) and linears (the layers' matrix products alone, by rows). Limits are arithmetic from two rates measured here, of a
+large copy and of large matrix products: the longer of bytes and FLOPs for each product, with the keys and values that
+decode reads and the FLOPs of prefill's attention added. The best of the rounds counts; their spread is in the JSON.
+Each variant is loaded alone, without the prefix cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The pieces of work that every engine is timed on, through `LLM.generate`, and what their limits are.
 
     decode_bN   N sequences of 128 tokens in: (least time of 257 tokens out - least time of 1 out), greedy; tokens/s
+    sampled_bN  the same with temperature 0.8, top-p 0.95, 5 logprobs and end ids that count
     prefill     32 prompts of 2,048 tokens, 1 out each; prompt tokens/s
     mixed256    256 requests of 100 to 1,024 tokens in and as many out, temperature 0.6; tokens/s out
     linears     the matrix products of all layers, without the head, by rows; on a GPU in one CUDA graph; seconds
@@ -16,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +29,9 @@ from engine.sequence import SamplingParams
 
 DEFAULT_WORKS = (*(f"decode_b{n}" for n in (1, 8, 32, 128, 256)), "prefill", "mixed256", "linears")
 LINEAR_ROWS = (1, 8, 32, 128, 256, 8192)
-_DECODE = re.compile(r"decode_b([1-9]\d{0,3})")
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "logprobs": 5}
+_DECODE = re.compile(r"(decode|sampled)_b([1-9]\d{0,3})")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def parse_works(text: str) -> list[str]:
     works = [w.strip() for w in text.split(",") if w.strip()]
     for work in works:
         if work not in ("prefill", "mixed256", "linears") and not _DECODE.fullmatch(work):
-            raise ValueError(f"unknown work {work!r}; known: decode_bN (N from 1 to 9999), prefill, mixed256, linears")
+            known = "decode_bN and sampled_bN (N from 1 to 9999), prefill, mixed256, linears"
+            raise ValueError(f"unknown work {work!r}; known: {known}")
     if not works:
         raise ValueError("name at least one work")
     return works
@@ -59,7 +64,7 @@ def parse_works(text: str) -> list[str]:
 def most_sequences(works: list[str]) -> int:
     """That run at once in any of them."""
     matches = [_DECODE.fullmatch(w) for w in works]
-    return max([256, *(int(m[1]) for m in matches if m)])
+    return max([256, *(int(m[2]) for m in matches if m)])
 
 
 def longest(works: list[str], scale: int) -> int:
@@ -79,45 +84,47 @@ class Bench:
     def run(self, work: str) -> Iterator[Figure]:
         match = _DECODE.fullmatch(work)
         if match:
-            yield self.decode(int(match[1]))
+            yield self.decode(work, int(match[2]), GREEDY if match[1] == "decode" else SAMPLED)
         elif work == "linears":
             yield from self.linears()
         else:
             yield self.prefill() if work == "prefill" else self.mixed()
 
-    def decode(self, batch: int) -> Figure:
+    def decode(self, work: str, batch: int, sampling: dict[str, Any]) -> Figure:
         # Of the differences of each round the best would be that of the slowest call of one token.
         inputs, steps = max(128 // self.scale, 1), max(256 // self.scale, 1)
-        self._time([inputs] * batch, [2] * batch)
-        times = [
-            (self._time([inputs] * batch, [steps + 1] * batch), self._time([inputs] * batch, [1] * batch))
-            for _ in range(self.rounds)
-        ]
+        self._time([inputs] * batch, [2] * batch, sampling)
+        times = []
+        for _ in range(self.rounds):
+            seconds, tokens = self._time([inputs] * batch, [steps + 1] * batch, sampling)
+            # where one ended early the others went on, so a step of all takes at most so long
+            seconds *= batch * (steps + 1) / tokens
+            times.append((seconds, self._time([inputs] * batch, [1] * batch, sampling)[0]))
         whole, first = map(min, zip(*times, strict=True))
         rounds = [batch * steps / (a - b) for a, b in times]
         least = self.limits.decode_step(batch, batch * (inputs + (steps + 1) / 2))
-        return Figure(f"decode_b{batch}", "tok/s", batch * steps / (whole - first), batch / least, rounds)
+        return Figure(work, "tok/s", batch * steps / (whole - first), batch / least, rounds)
 
     def prefill(self) -> Figure:
         lengths = [max(2048 // self.scale, 1)] * 32
-        self._time(lengths[:4], [1] * 4)
+        self._time(lengths[:4], [1] * 4, GREEDY)
         return self._figure(
             "prefill",
-            lambda: sum(lengths) / self._time(lengths, [1] * len(lengths)),
+            lambda: sum(lengths) / self._time(lengths, [1] * len(lengths), GREEDY)[0],
             sum(lengths) / self.limits.prefill(lengths),
         )
 
     def mixed(self) -> Figure:
-        rng = random.Random(0)
+        rng, sampling = random.Random(0), GREEDY | {"temperature": 0.6}
 
         def lengths() -> list[int]:
             return [max(rng.randint(100, 1024) // self.scale, 1) for _ in range(256)]
 
         inputs, outputs = lengths(), lengths()
-        self._time([16] * 16, [16] * 16, temperature=0.6)
+        self._time([16] * 16, [16] * 16, sampling)
         return self._figure(
             "mixed256",
-            lambda: sum(outputs) / self._time(inputs, outputs, temperature=0.6),
+            lambda: sum(outputs) / self._time(inputs, outputs, sampling)[0],
             sum(outputs) / self.limits.generation(inputs, outputs),
         )
 
@@ -137,15 +144,13 @@ class Bench:
         rounds = [measure() for _ in range(self.rounds)]
         return Figure(name, "tok/s", max(rounds), limit, rounds)
 
-    def _time(self, inputs: list[int], outputs: list[int], temperature: float = 0.0) -> float:
-        """Seconds of one call of `generate`."""
+    def _time(self, inputs: list[int], outputs: list[int], sampling: dict[str, Any]) -> tuple[float, int]:
+        """Seconds of one call of `generate`, and the tokens out."""
         prompts = [[self._rng.randrange(self._vocab) for _ in range(n)] for n in inputs]
-        params = [
-            SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False) for n in outputs
-        ]
+        params = [SamplingParams(max_tokens=n, detokenize=False, **sampling) for n in outputs]
         start = time.perf_counter()
-        self.llm.generate(prompts, params, variant=self.variant, use_tqdm=False)
-        return time.perf_counter() - start
+        answers = self.llm.generate(prompts, params, variant=self.variant, use_tqdm=False)
+        return time.perf_counter() - start, sum(len(a["token_ids"]) for a in answers)
 
 
 def _linears(model: Qwen, rows: int, dtype: torch.dtype) -> Callable[[], None]:

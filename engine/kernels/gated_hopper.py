@@ -1,12 +1,12 @@
 """Gluon kernel of gate and up of many tokens with silu in its end, in 16 bits, on sm_90. Letters as in `__init__`.
 
-The library writes 2I values a token, silu reads them and writes I: more than all else that a layer of prefill moves
-through memory. Here out[M, I] = silu(x @ gate.T) * (x @ up.T) leaves the program that multiplies.
+The library writes 2I values a token and silu reads them, almost a third of what a layer of prefill moves through
+memory. Here out[M, I] = silu(x @ gate.T) * (x @ up.T) leaves the program that multiplies.
 
 One program an SM walks tiles of 64 GROUPS tokens by _WIDTH columns. A warp fetches x and both weights, as far ahead as
 there are buffers, also past the end of a tile. GROUPS groups of four warps multiply 64 tokens each by the rows of gate
 and of up side by side, as one product of 2 _WIDTH columns: a thread then has gate and up of the same column. A group
-that is ahead of the others by some buffers takes its exponentials while they multiply.
+can be ahead of the others by as many steps as there are buffers, and then takes its exponentials while they multiply.
 
 Three groups fetch least for what they multiply, 192 + 256 rows for 192 x 256 sums; two leave less of the last tiles of
 some batches empty. What a tile has past an edge is fetched as zeros, or as another's, and is not stored. Tiles go in

@@ -15,7 +15,7 @@ from engine import bench
 from engine.benchmarks.limits import Limits, Product
 from engine.benchmarks.tune import matrices
 from engine.benchmarks.twins import compare
-from engine.benchmarks.works import Bench, longest, most_sequences, parse_works
+from engine.benchmarks.works import GREEDY, SAMPLED, Bench, longest, most_sequences, parse_works
 from engine.config import load_model_config
 
 POCKET = Path(__file__).resolve().parents[2] / "models" / "pocket"
@@ -52,8 +52,8 @@ def test_a_generation_is_its_prompts_and_its_steps() -> None:
 
 
 def test_works_are_named_and_sized() -> None:
-    assert parse_works("decode_b7, linears") == ["decode_b7", "linears"]
-    assert most_sequences(["decode_b7"]) == 256 and most_sequences(["decode_b300", "prefill"]) == 300
+    assert parse_works("decode_b7, sampled_b2,linears") == ["decode_b7", "sampled_b2", "linears"]
+    assert most_sequences(["decode_b7"]) == 256 and most_sequences(["sampled_b300", "prefill"]) == 300
     assert longest(["decode_b1"], 1) == 385 and longest(["prefill", "mixed256"], 1) == 2049
 
 
@@ -72,12 +72,21 @@ def test_every_work_of_a_variant(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "limits.json"
-    options = ["--works", "decode_b2,prefill,mixed256,linears", "--scale", "64", "--rounds", "1", "--threads", "1"]
+    options = [
+        "--works",
+        "decode_b2,sampled_b2,prefill,mixed256,linears",
+        "--scale",
+        "64",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ]
     bench.main(["limits", str(checkpoint("qwen3")), "--variants", "int8-row+kv8", *options, "--json", str(file)])
     written = json.loads(file.read_text())
     rows = [f"linears, {n} rows" for n in (1, 8, 32, 128, 256, 128)]
     figures = written["variants"]["int8-row+kv8"]
-    assert [f["work"] for f in figures] == ["decode_b2", "prefill", "mixed256", *rows]
+    assert [f["work"] for f in figures] == ["decode_b2", "sampled_b2", "prefill", "mixed256", *rows]
     assert all(f["measured"] > 0 and f["limit"] > 0 and f["fraction"] > 0 for f in figures)
     assert written["rates"]["copy"] > 0 and "float32" in written["rates"]["products"]
     assert "measured / limit" in capsys.readouterr().out
@@ -88,10 +97,19 @@ def test_a_slow_call_of_one_token_does_not_make_decode_fast(monkeypatch: pytest.
     limits: Any = SimpleNamespace(decode_step=lambda batch, tokens: 0.001)
     seconds = iter([0.0, 2.0, 1.0, 2.1, 1.8, 1.9, 1.0])  # the first once, then 257 tokens and one by turns
     bench = Bench(llm, "bf16", limits, scale=1, rounds=3)
-    monkeypatch.setattr(bench, "_time", lambda *_: next(seconds))
-    figure = bench.decode(4)
+    monkeypatch.setattr(bench, "_time", lambda inputs, outputs, sampling: (next(seconds), sum(outputs)))
+    figure = bench.decode("decode_b4", 4, GREEDY)
     assert figure.measured == pytest.approx(4 * 256 / 0.9)
     assert figure.rounds == pytest.approx([4 * 256 / 1.0, 4 * 256 / 0.3, 4 * 256 / 0.9])
+
+
+def test_sequences_that_end_early_do_not_make_decode_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm: Any = SimpleNamespace(engine=SimpleNamespace(num_ids=100))
+    bench = Bench(llm, "bf16", SimpleNamespace(decode_step=lambda *_: 0.001), 1, 1)  # type: ignore[arg-type]
+    answers = iter([(0.0, 8), (1.5, 4 * 257 // 2), (1.0, 4)])  # half of the tokens in 1.5 s: all would take 3
+    monkeypatch.setattr(bench, "_time", lambda *_: next(answers))
+    figure = bench.decode("sampled_b4", 4, SAMPLED)
+    assert (figure.work, figure.measured) == ("sampled_b4", pytest.approx(4 * 256 / 2.0))
 
 
 def test_selfcheck_reports_the_whole(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,7 @@ from engine.kernels.tiles import choose_groups
 @pytest.mark.parametrize(
     ("rows", "width", "groups"),
     [
-        (
-            8192,
-            6144,
-            3,
-        ),  # 2,064 tiles for 132 SMs: 15.6 turns of 16, of which the last tokens have two thirds of a tile
+        (8192, 6144, 3),  # 2,064 tiles for 132 SMs: 15.6 of 16 turns
         (2304, 6144, 2),  # 864 tiles, 6.5 of 7 turns; with three groups 576, 4.4 of 5
         (2048, 3072, 3),  # both waste as much: three fetch less
         (1024, 6144, 2),
