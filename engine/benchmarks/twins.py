@@ -159,12 +159,12 @@ def check_decode_that_stores(
 
 
 def check_products(variant: Variant, dtype: torch.dtype) -> Iterator[Check]:
-    layer = variant.model.layers[0]
+    layer, fmt = variant.model.layers[0], variant.format.name.partition("+")[0]
     for name, linear in (("qkv", layer.qkv), ("out", layer.out), ("gate_up", layer.gate_up), ("down", layer.down)):
         width, depth = linear.tensors[0].shape
         for rows in ROWS:
             x = torch.randn(rows, depth, device=linear.tensors[0].device).to(dtype)
-            what = f"{variant.format.name.partition('+')[0]}, {name} [{rows}, {depth}] x [{width}, {depth}]"
+            what = f"{fmt}, {name} [{rows}, {depth}] x [{width}, {depth}]"
             yield compare(what, linear(x), _wide_product(linear, x), dtype)
     linear = layer.gate_up
     width, depth = linear.tensors[0].shape
@@ -172,7 +172,7 @@ def check_products(variant: Variant, dtype: torch.dtype) -> Iterator[Check]:
         x = torch.randn(rows, depth, device=linear.tensors[0].device).to(dtype)
         got = linear.gated(x, None)
         assert isinstance(got, Tensor)
-        what = f"{variant.format.name.partition('+')[0]}, gate_up with silu [{rows}, {depth}] x [{width}, {depth}]"
+        what = f"{fmt}, gate_up with silu [{rows}, {depth}] x [{width}, {depth}]"
         yield compare(what, got, reference.silu_mul(_wide_product(linear, x)), dtype)
 
 

@@ -29,17 +29,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
+from engine.kernels.hopper_matmul import descriptor, following
 from engine.kernels.tiles import GATED_ROWS, GATED_WIDTH
 
 _ROWS = gl.constexpr(GATED_ROWS)
 _WIDTH = gl.constexpr(GATED_WIDTH)
 _DEPTH = gl.constexpr(64)  # inputs of one buffer: the 128 bytes of one swizzle
 _BANDS = {2: 16, 3: 22}  # tiles of tokens in a band, by the number of groups
-_SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
 
 @gluon.jit
@@ -49,14 +48,6 @@ def _place(tile, num_m, num_n, BAND: gl.constexpr):
     inside = tile - band * BAND * num_n
     height = gl.minimum(num_m - band * BAND, BAND)
     return band * BAND + inside % height, inside // height
-
-
-@gluon.jit
-def _following(slot, phase, STAGES: gl.constexpr):
-    """The buffer of the step after, and the phase of its barrier."""
-    slot += 1
-    phase = gl.where(slot == STAGES, phase ^ 1, phase)
-    return gl.where(slot == STAGES, 0, slot), phase
 
 
 @gluon.jit
@@ -88,7 +79,7 @@ def _fetch(
             for i in gl.static_range(2):
                 row = i * width + n * _WIDTH
                 tma.async_copy_global_to_shared(w_desc, [row, k], full.index(slot), w_pieces.index(slot * 2 + i))
-            slot, phase = _following(slot, phase, STAGES)
+            slot, phase = following(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -121,7 +112,7 @@ def _multiply(
             acc = warpgroup_mma_wait(1, deps=[running])
             mbarrier.arrive(empty.index(before), count=1, pred=step > 0)  # the product of the step before is done
             before = slot
-            slot, phase = _following(slot, phase, STAGES)
+            slot, phase = following(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before), count=1)
         gate, up = gl.split(gl.permute(gl.reshape(acc, [_ROWS, 2, _WIDTH]), (0, 2, 1)))
@@ -155,7 +146,7 @@ def gated_hopper_kernel(
     dtype: gl.constexpr = out_desc.dtype
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, _ROWS, _DEPTH], x_desc.layout)
     w_pieces = gl.allocate_shared_memory(dtype, [STAGES * 2, _WIDTH, _DEPTH], w_desc.layout)
-    w_bufs = w_pieces._reinterpret(dtype, [STAGES, 2 * _WIDTH, _DEPTH], _SWIZZLED)
+    w_bufs = w_pieces._reinterpret(dtype, [STAGES, 2 * _WIDTH, _DEPTH], w_desc.layout)
     out_bufs = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, _WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -192,14 +183,10 @@ def launch(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     (rows, depth), width = x.shape, weight.shape[0] // 2
     out = x.new_empty(rows, width)
     num_m, num_n = triton.cdiv(rows, groups * GATED_ROWS), triton.cdiv(width, GATED_WIDTH)
-
-    def pieces(matrix: Tensor, height: int, columns: int) -> TensorDescriptor:
-        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, columns], _SWIZZLED.value)
-
     gated_hopper_kernel[(min(num_m * num_n, chip.num_sms(x.device)),)](
-        pieces(x, _ROWS.value, _DEPTH.value),
-        pieces(weight, _WIDTH.value, _DEPTH.value),
-        pieces(out, _ROWS.value, _WIDTH.value),
+        descriptor(x, _ROWS.value, _DEPTH.value),
+        descriptor(weight, _WIDTH.value, _DEPTH.value),
+        descriptor(out, _ROWS.value, _WIDTH.value),
         num_m,
         num_n,
         triton.cdiv(depth, _DEPTH.value),

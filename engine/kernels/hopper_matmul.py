@@ -64,7 +64,7 @@ def _fetch_rows(x_desc, x_bufs, bars, slot, m, k, more):
 
 
 @gluon.jit
-def _following(slot, phase, STAGES: gl.constexpr):
+def following(slot, phase, STAGES: gl.constexpr):
     """The buffer of the step after, and the phase of its barrier."""
     slot += 1
     phase = gl.where(slot == STAGES, phase ^ 1, phase)
@@ -213,7 +213,7 @@ def hopper_matmul_kernel(
         for i in range(0, count, 2):
             k, done = first_k + i * BLOCK_K, slot
             even = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
-            slot, phase = _following(slot, phase, STAGES)
+            slot, phase = following(slot, phase, STAGES)
             odd = _multiply_step(w_bufs, x_bufs, bars, slot, phase, none)
             part = warpgroup_mma_wait(1, deps=[even])
             more, ahead = i + STAGES < count, k + STAGES * BLOCK_K
@@ -230,7 +230,7 @@ def hopper_matmul_kernel(
             _fetch_rows(x_desc, x_bufs, bars, slot, first_m, ahead, more)
             total = _add_scaled(total, part, odd_scales, x_scales.index(k // GROUP - first_group).load(ACROSS), KIND)
             odd_scales = _load_scales(w_scale, n, (k + 2 * BLOCK_K) // GROUP, N, num_groups)
-            slot, phase = _following(slot, phase, STAGES)
+            slot, phase = following(slot, phase, STAGES)
     else:
         acc = none
         up = acc
@@ -248,7 +248,7 @@ def hopper_matmul_kernel(
             more = (i > 0) & (i - 1 + STAGES < count)
             _fetch_weights(w_desc, w_bufs, up_bufs, bars, done, first_n, N + first_n, k, more, GATED, BYTES)
             _fetch_rows(x_desc, x_bufs, bars, done, first_m, k, more)
-            slot, phase = _following(slot, phase, STAGES)
+            slot, phase = following(slot, phase, STAGES)
         acc, up = warpgroup_mma_wait(0, deps=[acc, up])
         total, total_up = _joined(acc, KIND), _joined(up, KIND)
     last = num_splits == 1
@@ -312,9 +312,9 @@ def launch(
         room = triton.cdiv(triton.cdiv(inputs, group_size) + (block_k < group_size), 16) * 16
         num_stages = min(num_stages, (_SHARED - 4 * room * block_m) // (x.itemsize * (block_m + block_n) * block_k))
     hopper_matmul_kernel[(num_tiles, num_splits)](
-        _descriptor(x, block_m, block_k, _height(x, block_m)),
-        _descriptor(w, block_n, block_k),
-        _descriptor(out, out_rows, block_n),
+        descriptor(x, block_m, block_k, _height(x, block_m)),
+        descriptor(w, block_n, block_k),
+        descriptor(out, out_rows, block_n),
         x if x_scale is None else x_scale,
         x if scale is None else scale,
         x if bias is None else bias,
@@ -359,7 +359,7 @@ def _height(x: Tensor, block_m: int) -> int:
     return min(-(-x.shape[0] // block_m) * block_m, behind // x.shape[1])
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int, height: int = 0) -> TensorDescriptor:
+def descriptor(matrix: Tensor, rows: int, columns: int, height: int = 0) -> TensorDescriptor:
     """Of blocks of a contiguous matrix, of `height` rows where that is given."""
     shape, strides = [height or matrix.shape[0], matrix.shape[1]], [matrix.shape[1], 1]
     return TensorDescriptor(matrix, shape, strides, [rows, columns], _layout(rows, columns, matrix.dtype))

@@ -256,10 +256,10 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Compile what only batches of some sizes take."""
-    x = torch.zeros(GATED_ROWS, 64, dtype=dtype, device=device)
-    if x.itemsize == 2 and takes_bulk(device, dtype, GATED_ROWS, GATED_ROWS):
+    if takes_bulk(device, dtype, GATED_ROWS, GATED_ROWS):
         from engine.kernels import gated_hopper
 
+        x = torch.zeros(GATED_ROWS, GATED_ROWS, dtype=dtype, device=device)
         for groups in GATED_GROUPS:
             gated_hopper.launch(x, x, groups)
 

@@ -6,6 +6,7 @@ Rules for what no tuned table names (`tuned.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -184,6 +185,7 @@ def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
     return next(one_wave, candidates[-1])
 
 
+@cache
 def choose_groups(rows: int, width: int, num_sms: int) -> int:
     """How many groups of warps a program of `gated_hopper.py` has for out[rows, width]; 0: the library multiplies."""
     shares = {}
