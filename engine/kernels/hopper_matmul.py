@@ -47,7 +47,7 @@ from engine.kernels import chip
 from engine.kernels.convert import LOW_FP8, LOW_INT8
 from engine.kernels.tiles import DIGITS, PLAIN, W8A8, Tile
 
-_SHARED = 226 << 10  # bytes of a program's buffers and scales; barriers have the rest of 227 KiB
+SHARED = 226 << 10  # bytes of a program's buffers and scales; barriers have the rest of 227 KiB
 
 
 @gluon.jit
@@ -310,9 +310,9 @@ def launch(
     if group_size and kind == W8A8.value:
         inputs = triton.cdiv(depth, 2 * block_k * num_splits) * 2 * block_k  # of a program
         room = triton.cdiv(triton.cdiv(inputs, group_size) + (block_k < group_size), 16) * 16
-        num_stages = min(num_stages, (_SHARED - 4 * room * block_m) // (x.itemsize * (block_m + block_n) * block_k))
+        num_stages = min(num_stages, (SHARED - 4 * room * block_m) // (x.itemsize * (block_m + block_n) * block_k))
     hopper_matmul_kernel[(num_tiles, num_splits)](
-        descriptor(x, block_m, block_k, _height(x, block_m)),
+        descriptor(x, block_m, block_k, height_of(x, block_m)),
         descriptor(w, block_n, block_k),
         descriptor(out, out_rows, block_n),
         x if x_scale is None else x_scale,
@@ -353,7 +353,7 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _TYPES[dtype])
 
 
-def _height(x: Tensor, block_m: int) -> int:
+def height_of(x: Tensor, block_m: int) -> int:
     """Rows of whole tiles, as far as there is memory behind x: see `tiles.empty_rows`."""
     behind = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
     return min(-(-x.shape[0] // block_m) * block_m, behind // x.shape[1])

@@ -1,7 +1,8 @@
 """Triton kernel of the products with stored weights, and which of the ways a product goes. Letters: `__init__`.
 
-One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles. They need rows of whole
-16 bytes. What remains, and the other chips, is told here. From two rows on:
+One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles; gate and up in 16 bits of
+more than 64 through `gated_hopper.py`. They need rows of whole 16 bytes. What remains, and the other chips, is told
+here. From two rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
 token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
@@ -34,16 +35,16 @@ from engine.kernels.convert import LOW_FP8, LOW_INT8, codes, dequantize, split_t
 from engine.kernels.gemv import gemv
 from engine.kernels.tiles import (
     DIGITS,
-    GATED_GROUPS,
-    GATED_ROWS,
+    GATED,
     PLAIN,
     W8A8,
     WEIGHT_ONLY,
     Tile,
-    choose_groups,
+    choose_gated,
     choose_splits,
     choose_tile,
     empty_rows,
+    one_turn,
     tiles_for,
 )
 
@@ -55,6 +56,7 @@ LIBRARY_BLOCK_ROWS = 257  # those with scales of 1 x 128 by weights of 128 x 128
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
 BULK_ROWS = 256  # up to so many rows products take bulk tiles where there are any
+ONE_TURN_ROWS = 64  # from more rows on, gate and up in 16 bits take one program an SM: `tiles.one_turn`
 GATED_DIGIT_ROWS = 32  # up to so many, tokens in two digits are gated where they are multiplied: more gain nothing
 EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
 
@@ -221,7 +223,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         return gemv(x, weight, None, bias, out=out)
     ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
     ours = ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0]))
-    if ours and not tuned.not_ours("plain", x, weight):
+    if ours and tuned.choice("plain", x, weight) != tuned.NOT_OURS:
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
     return _by_library(x, weight, bias, out)
 
@@ -236,32 +238,36 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
     """silu(gate) * up of x[M, K] by weight[2I, K], one launch -> [M, I]; None where there is none for such operands.
     Of 8-bit weights, which are then widened first, there is one for many rows.
     """
-    rows, width = x.shape[0], weight.shape[0] // 2
-    ours = x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)
+    rows, width, num_sms = x.shape[0], weight.shape[0] // 2, chip.num_sms(x.device)
+    if rows < 2 or not (x.is_contiguous() and x.itemsize == 2 and _bulk(x, weight, width)):
+        return None
     if rows > BULK_ROWS:
-        groups = choose_groups(rows, width, chip.num_sms(x.device)) if ours else 0
-        if not groups:
+        tile = choose_gated(rows, width, num_sms)
+        if tile is None:
             return None
         if scale is not None:
             _check(x, weight, scale, None, group_size)
             weight = dequantize(weight, scale, group_size, x.dtype)
-        from engine.kernels import gated_hopper
+    else:
+        found = tuned.choice("gated", x, weight)
+        if scale is not None or found == tuned.NOT_OURS:
+            return None
+        tile = one_turn(rows, width, num_sms) if rows > ONE_TURN_ROWS and found is None else None
+        if tile is None:
+            return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
+    from engine.kernels import gated_hopper
 
-        return gated_hopper.launch(x, weight, groups)
-    ours = ours and rows > 1 and scale is None
-    if not ours or tuned.not_ours("gated", x, weight):
-        return None
-    return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
+    return gated_hopper.launch(x, weight, tile, early=rows <= BULK_ROWS)
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Compile what only batches of some sizes take."""
-    if takes_bulk(device, dtype, GATED_ROWS, GATED_ROWS):
+    if takes_bulk(device, dtype, 64, 64):
         from engine.kernels import gated_hopper
 
-        x = torch.zeros(GATED_ROWS, GATED_ROWS, dtype=dtype, device=device)
-        for groups in GATED_GROUPS:
-            gated_hopper.launch(x, x, groups)
+        x = torch.zeros(64, 64, dtype=dtype, device=device)
+        for tile in GATED:
+            gated_hopper.launch(x, x, tile)
 
 
 def gated_codes(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -26,6 +26,7 @@ from engine.kernels import LARGEST_TOP_K
 
 SLICE = 4096  # ids of one program
 GROUP = 64
+FEW = 32  # up to so many are found one after the other
 _WIDTHS = (32, LARGEST_TOP_K)  # how many are selected: few versions of the kernel
 
 
@@ -86,6 +87,48 @@ def best_ids(
     own = tl.where((place // GROUP)[:, None] == tl.arange(0, TOP)[None, :], groups[None, :], 0)
     ids = tl.sum(own, axis=1) * GROUP + place % GROUP
     return tl.load(logits + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32), ids
+
+
+@triton.jit
+def each_best(
+    logits,
+    group_peaks,
+    found,
+    k,
+    log_sum,
+    ids_out,
+    logprobs_out,
+    num_ids,
+    num_groups,
+    FEW: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+):
+    """Stores ids and logprobs (the bits of an fp32) of the k <= FEW best of one row, falling, of equal ones the first.
+    One search for each, first of the groups, then of their ids: for 5 a third of what `best_ids` takes.
+    """
+    none: tl.constexpr = -0x80000000
+    group = tl.arange(0, MAX_GROUPS)
+    peak = tl.load(group_peaks + group, mask=group < num_groups, other=0.0)
+    key = tl.where(group < num_groups, ordered(peak, 0), none)
+    tl.debug_barrier()  # what was there before has been read
+    for i in range(k):
+        _, index = tl.max(key, axis=0, return_indices=True)
+        tl.store(found + i, index)
+        key = tl.where(group == index, none, key)
+    tl.debug_barrier()
+    place = tl.arange(0, FEW)
+    groups = tl.load(found + place, mask=place < k, other=num_groups)
+    ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (FEW * GROUP,))
+    logit = tl.load(logits + ids, mask=ids < num_ids, other=0.0).to(tl.float32)
+    key = (tl.where(ids < num_ids, ordered(logit, 0), none).to(tl.int64) << 32) | (0x7FFFFFFF - ids)
+    for i in range(k):
+        best = tl.max(key, axis=0)
+        token = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+        key = tl.where(key == best, -0x8000000000000000, key)
+        tl.store(ids_out + i, token)
+        logprob = tl.load(logits + token).to(tl.float32) - log_sum
+        tl.store(logprobs_out + i, logprob.to(tl.int32, bitcast=True))
 
 
 @triton.jit

@@ -16,8 +16,9 @@ it left out, draws among them:
     top-p     an id belongs to the nucleus if the mass of the ids above it is below the limit top_p * total: a property
               of the id's logit, and the larger the logit, the truer. So: draw from all ids, then bound the mass above
               the drawn one by that of the groups whose largest logit is above it. Where that reaches the limit,
-              `check_kernel` adds up the mass itself. Below the limit, the draw is what drawing from the nucleus alone
-              would give. Otherwise the whole nucleus lies above it: it is the pivot of the next draw. With top_p 0.95
+              `check_kernel` adds up the mass itself, of all rows one part after the other, and reads no more of a row
+              once it must stay below. Below the limit, the draw is what drawing from the nucleus alone would give.
+              Otherwise the whole nucleus lies above it: it is the pivot of the next draw. With top_p 0.95
               one row in twenty needs the second draw. (Drawing first and checking afterwards is known from
               FlashInfer's sampling kernels; here the noise is a function of the id, so that the result is the arg max
               over the nucleus.)
@@ -45,13 +46,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import LARGEST_TOP_K, chip, columns
-from engine.kernels.ranking import GROUP, SLICE, best_ids, joined_sum, load_slice, precedes, same_bits
+from engine.kernels.ranking import FEW, GROUP, SLICE, best_ids, each_best, joined_sum, load_slice, precedes, same_bits
 
 ROUNDS = 3  # up to 7, of checking and drawing again, before single programs finish what is open
 
-_PROGRAMS_PER_SM = 8
+_PROGRAMS_PER_SM = 2  # of the check: as many as have room at once, as what some find out saves others their reading
 _NUM_COUNTS = 8
 _CHECKED = 16384  # ids that one program of the check reads at a time, so that many loads are on their way
+_READERS = 4  # programs of the check that share a row, where there are not more than enough
+_NEAR = tl.constexpr(0.9999)  # of the limit: what is below this is below it however sums are rounded
 
 _TOO_LARGE = tl.constexpr(0x7FFFFFFF)
 
@@ -119,11 +122,13 @@ def _exp2(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _bound(logit, ids, t, key, FAST: tl.constexpr):
-    """At least `_drawn`, but for rounding: -log(1 - v) is at least v + v^2 / 2 + v^3 / 3."""
-    v = 1.0 - _uniform(ids, key)
-    least = v * (1.0 + v * (0.5 + v * (1.0 / 3.0)))
-    return logit * (1.0 / tl.maximum(t, 1e-5)) - _LN_2 * _log2(least, FAST)
+def _bound(logit, ids, scale, key, FAST: tl.constexpr):
+    """At most -`_drawn` / log(2), but for rounding: -log(1 - v) is at least v + v^2 / 2. scale: -log2(e) / temperature.
+    (Of the negative, as it is then one instruction, and the least of a group is sought.)
+    """
+    bits = _mix((ids.to(tl.uint32) * 0x9E3779B1) ^ key)
+    v = (bits >> 9).to(tl.float32) * -1.1920928955078125e-07 + 0.999999940395355224609375  # 1 - `_uniform`, exactly
+    return logit * scale + _log2(v * (1.0 + 0.5 * v), FAST)
 
 
 @triton.jit
@@ -131,6 +136,14 @@ def _group_sums(logit, peak, warm, FAST: tl.constexpr):
     """Of each group, logit[groups, GROUP], the sum of exp((logit - peak) / warm); peak[groups] is its largest."""
     finite = tl.where(peak == float("-inf"), 0.0, peak)
     return tl.sum(_exp2((logit - finite[:, None]) * ((1.0 / warm) * _LOG2_E), FAST), axis=1)
+
+
+@triton.jit
+def _group_log_sums(logit, peak, FAST: tl.constexpr):
+    """Of each group the log of the sum of exp(logit). The product with log2(e) rounds by 2^-24 of the peak."""
+    finite = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(_exp2(logit * _LOG2_E + (finite * -_LOG2_E)[:, None], FAST), axis=1)
+    return peak + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0)
 
 
 @triton.jit
@@ -281,11 +294,11 @@ def scan_kernel(
             largest = peak
             if start + SLICE > num_ids:
                 largest = tl.max(all_, axis=1)
-            total = _group_sums(all_, largest, 1.0, FAST)
-            tl.store(sums + place, largest + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0), mask=exists)
+            tl.store(sums + place, _group_log_sums(all_, largest, FAST), mask=exists)
     if is_ranked == 0:
         if t > 0:
-            bound = tl.max(_bound(logit, ids, t, _noise_key(ints, at, tl.load(positions + row)), FAST), axis=1)
+            key = _noise_key(ints, at, tl.load(positions + row))
+            bound = -_LN_2 * tl.min(_bound(logit, ids, -_LOG2_E / tl.maximum(t, 1e-5), key, FAST), axis=1)
         elif FULL:
             bound = peak
         else:
@@ -313,6 +326,8 @@ def join_kernel(
     limits,
     pivots,
     log_sums,
+    most,
+    slack,
     found,
     queues,
     counts,
@@ -327,8 +342,10 @@ def join_kernel(
     FULL: tl.constexpr,
     WIDE: tl.constexpr,
     TOP: tl.constexpr,
+    FEW: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -356,7 +373,13 @@ def join_kernel(
             tl.store(log_sums + row, log_sum)
         token, pivot, warm = _TOO_LARGE, float("-inf"), tl.maximum(t, 1e-5)
         searches = is_ranked == 0
-        if is_ranked | (num_logprobs > 0):
+        if (is_ranked == 0) & (num_logprobs > 0) & (num_logprobs <= FEW):
+            shown = out + row * 2 * width + 1
+            each_best(
+                *(own, group_peaks, found + row * TOP, num_logprobs, log_sum, shown, shown + width),
+                *(num_ids, num_groups, FEW, GROUP, MAX_GROUPS),
+            )
+        elif is_ranked | (num_logprobs > 0):
             value, ids = best_ids(
                 *(own, group_peaks, found + row * TOP, num_ids, num_groups, TOP, GROUP, MAX_GROUPS, SHIFT)
             )
@@ -398,8 +421,12 @@ def join_kernel(
             row_peak = tl.max(peaks, axis=0)
             mass *= tl.exp((peaks - row_peak) / warm)
             chosen, limit = tl.load(own + token).to(tl.float32), top_p * tl.sum(mass, axis=0)
-            # All of the groups that hold ids above it, a little less than the limit for rounding: it is in the nucleus.
-            if tl.sum(tl.where(peaks > chosen, mass, 0.0), axis=0) >= 0.9999 * limit:
+            mass = tl.where(peaks > chosen, mass, 0.0)  # all of the groups that hold ids above it
+            spare = tl.sum(mass, axis=0) - _NEAR * limit
+            if spare >= 0:
+                in_parts = tl.sum(tl.reshape(mass, (MAX_PARTS, MAX_GROUPS // MAX_PARTS)), axis=1)
+                tl.store(most + row * MAX_PARTS + tl.arange(0, MAX_PARTS), in_parts)
+                tl.store(slack + row, spare)
                 tl.store(row_peaks + row, row_peak)
                 tl.store(scales + row, (1.0 / warm) * _LOG2_E)
                 tl.store(limits + row, limit)
@@ -429,6 +456,8 @@ def check_kernel(
     limits,
     pivots,
     log_sums,
+    most,
+    slack,
     above,
     arrived,
     queues,
@@ -448,25 +477,39 @@ def check_kernel(
     MAX_GROUPS: tl.constexpr,
     FAST: tl.constexpr,
     MAX_PARTS: tl.constexpr,
+    READERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """above[B, parts]: each slice's mass above the row's pivot. If it reaches the limit, the row gets another id, which
-    is to be checked in the next stage.
+    """above[B, parts]: each slice's mass above the row's pivot; if all of it reaches the limit, the row gets another
+    id, to be checked in the next stage. most[B, MAX_PARTS]: the most that a slice's mass can be. slack[B]: by what is
+    known of a row, the most by which its mass can exceed the limit; once negative, no more of the row is read. The
+    slices of a row are dealt to `readers` programs; the first of every row come before the second of any.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     count = tl.load(counts + stage)
     last = queues + stage * num_rows + count - 1  # from the end: the rows read last may still be in the cache
-    for item in range(tl.program_id(0), count * num_parts, tl.num_programs(0)):
-        row = tl.load(last - item // num_parts).to(tl.int64)
-        part = item % num_parts
+    readers = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(count, 1), READERS), num_parts)  # of a row
+    for item in range(tl.program_id(0), count * readers, tl.num_programs(0)):
+        row = tl.load(last - item % count).to(tl.int64)
         own, pivot = logits + row * stride, tl.load(pivots + row)
         peak, scale = tl.load(row_peaks + row), tl.load(scales + row)
-        mass = _mass_above(own, part * SLICE, num_ids, pivot, peak, scale, SLICE, FAST)
-        tl.store(above + row * num_parts + part, mass)
-        tl.debug_barrier()  # every thread's part is stored before one of them says so
-        if tl.atomic_add(arrived + row, 1, sem="acq_rel") == num_parts - 1:
+        # Atomic, not loaded: one answer for all threads.
+        part, spare = item // count, tl.atomic_add(slack + row, 0.0, sem="relaxed")
+        while (part < num_parts) & (spare >= 0):
+            mass, bound = 0.0, tl.load(most + row * MAX_PARTS + part)
+            if bound > 0:
+                mass = _mass_above(own, part * SLICE, num_ids, pivot, peak, scale, SLICE, FAST)
+            tl.store(above + row * num_parts + part, mass)
+            gone = tl.minimum(mass - bound, 0.0)
+            spare = tl.atomic_add(slack + row, gone, sem="relaxed") + gone
+            part += readers
+        is_last = False
+        if spare >= 0:  # a row of which not all arrive keeps its id
+            tl.debug_barrier()  # every thread's part is stored before one of them says so
+            is_last = tl.atomic_add(arrived + row, 1, sem="acq_rel") == readers - 1
+        if is_last:
             tl.store(arrived + row, 0)  # as the next stage expects it
             parts = tl.arange(0, MAX_PARTS)
             stored = above + row * num_parts + parts
@@ -484,6 +527,8 @@ def check_kernel(
                     log_sum = tl.load(log_sums + row)
                     _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, log_sum)
                     pivot = tl.load(own + token).to(tl.float32)
+                    bounds_of_parts = tl.load(most + row * MAX_PARTS + parts)  # above a higher pivot they hold, too
+                    tl.store(slack + row, tl.sum(bounds_of_parts, axis=0) - _NEAR * tl.load(limits + row))
                     _queue(row, pivot, pivots, queues, counts, stage + 1, num_rows)
 
 
@@ -581,13 +626,14 @@ def draw(
     full = filtered or width > 0
     parts, groups = triton.cdiv(num_ids, _CHECKED), triton.cdiv(vocab_size, GROUP)
     some, few = (num_rows * groups, num_rows) if full else (0, 0)  # as large as only the full kernels need
-    sizes = [num_rows * groups, some, some, some, few, few, few, few, few, few * parts]
-    bounds, group_peaks, masses, sums, row_peaks, scales, limits, pivots, log_sums, above = _pieces(
+    max_groups = max(LARGEST_TOP_K, triton.next_power_of_2(groups))
+    max_parts = max(1, max_groups * GROUP // _CHECKED)
+    sizes = [num_rows * groups, some, some, some, few, few, few, few, few, few * max_parts, few, few * parts]
+    bounds, group_peaks, masses, sums, row_peaks, scales, limits, pivots, log_sums, most, slack, above = _pieces(
         sizes, torch.float32, device
     )
     sizes = [few, few * LARGEST_TOP_K, few * (ROUNDS + 1), _NUM_COUNTS]
     arrived, found, queues, counts = _pieces(sizes, torch.int32, device)
-    max_groups = max(LARGEST_TOP_K, triton.next_power_of_2(groups))
     tables, dependent = (rows, positions, floats, ints), chip.dependent_launch(device)
     fast = not triton.knobs.runtime.interpret
     scan_kernel[(num_rows, triton.cdiv(vocab_size, SLICE))](
@@ -600,17 +646,20 @@ def draw(
         NUM_COUNTS=_NUM_COUNTS,
         FAST=fast,
         num_warps=8,
+        maxnreg=64,  # four programs an SM
         **dependent,
     )
     join_kernel[(num_rows,)](
         *(logits, *tables, thresholds, bounds, group_peaks, masses, sums),
-        *(row_peaks, scales, limits, pivots, log_sums, found, queues, counts, tokens, out),
+        *(row_peaks, scales, limits, pivots, log_sums, most, slack, found, queues, counts, tokens, out),
         *(num_ids, groups, num_rows, width, stride, tokens.stride(0)),
         FULL=full,
         WIDE=thresholds is not None,
         TOP=LARGEST_TOP_K,
+        FEW=FEW,
         GROUP=GROUP,
         MAX_GROUPS=max_groups,
+        MAX_PARTS=max_parts,
         SHIFT=same_bits(logits.dtype),
         num_warps=8,
         maxnreg=128,  # so that two rows' programs fit on an SM
@@ -622,10 +671,12 @@ def draw(
     shape: dict[str, Any] = {"SLICE": _CHECKED, "GROUP": GROUP, "MAX_GROUPS": max_groups, "FAST": fast, **dependent}
     for stage in range(ROUNDS):
         check_kernel[(min(num_rows * parts, _PROGRAMS_PER_SM * chip.num_sms(device)),)](
-            *(logits, *state, above, arrived, queues, counts, tokens, out),
+            *(logits, *state, most, slack, above, arrived, queues, counts, tokens, out),
             *(num_ids, groups, parts, num_rows, width, stage, stride, tokens.stride(0)),
-            MAX_PARTS=triton.next_power_of_2(parts),
+            MAX_PARTS=max_parts,
+            READERS=_READERS,
             num_warps=8,
+            maxnreg=128,
             **shape,
         )
     finish_kernel[(min(num_rows, chip.num_sms(device)),)](

@@ -19,10 +19,10 @@ _MIN_DEPTH = 1536  # inputs that a split must have: fewer, and adding the parts 
 _MIN_BULK_DEPTH = 1024  # of a bulk tile
 _MIN_GROUPED_DEPTH, _MIN_FEW_DEPTH = 2048, 640  # of one with scales of groups, and with up to 16 rows besides
 
-GATED_ROWS, GATED_WIDTH = 64, 128  # of `gated_hopper.py`: tokens of a group of warps, columns of a tile
-GATED_GROUPS = (2, 3)  # of a program
+GATED_ROWS = 64  # of `gated_hopper.py`: tokens of a group of warps
 _MIN_SHARE = 0.84  # of the SMs' time that its tiles fill, at least: with less the library and silu apart are as fast
 _THREE = 1.03  # what a program of three groups has over one of two where they fill as much
+_MIN_TURN = 0.55  # as _MIN_SHARE, where they take one turn
 
 ROOM_ROWS = 512  # up to so many, rows that a product takes have memory behind them for a whole bulk tile
 
@@ -43,6 +43,30 @@ class Tile:
     num_stages: int
     weight_left: bool = True
     bulk: bool = False
+
+
+@dataclass(frozen=True)
+class GatedTile:
+    """One shape of program of `gated_hopper.py`: groups of four warps, and main + side columns of out."""
+
+    groups: int
+    main: int
+    side: int = 0
+
+    @property
+    def height(self) -> int:
+        return self.groups * GATED_ROWS
+
+    @property
+    def width(self) -> int:
+        return self.main + self.side
+
+
+GATED = (GatedTile(2, 128), GatedTile(3, 128))  # of many tokens
+ONE_TURN = (  # of as few as decode has
+    *(GatedTile(3, 64, side) for side in (0, 16, 32)),
+    *(GatedTile(2, main, side) for main, side in ((32, 0), (32, 16), (64, 0), (64, 32), (128, 32), (128, 64))),
+)
 
 
 def _bulk(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Tile:
@@ -186,15 +210,31 @@ def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
 
 
 @cache
-def choose_groups(rows: int, width: int, num_sms: int) -> int:
-    """How many groups of warps a program of `gated_hopper.py` has for out[rows, width]; 0: the library multiplies."""
+def choose_gated(rows: int, width: int, num_sms: int) -> GatedTile | None:
+    """For out[rows, width] of many tokens, by `gated_hopper.py`; None: the library multiplies."""
     shares = {}
-    for groups in GATED_GROUPS:
-        height = groups * GATED_ROWS
-        turns = triton.cdiv(triton.cdiv(rows, height) * triton.cdiv(width, GATED_WIDTH), num_sms)
-        shares[groups] = rows * width / (turns * num_sms * height * GATED_WIDTH)
-    best = 3 if shares[3] * _THREE >= shares[2] else 2
-    return best if shares[best] >= _MIN_SHARE else 0
+    for tile in GATED:
+        turns = triton.cdiv(triton.cdiv(rows, tile.height) * triton.cdiv(width, tile.width), num_sms)
+        shares[tile] = rows * width / (turns * num_sms * tile.height * tile.width)
+    two, three = GATED
+    best = three if shares[three] * _THREE >= shares[two] else two
+    return best if shares[best] >= _MIN_SHARE else None
+
+
+@cache
+def one_turn(rows: int, width: int, num_sms: int) -> GatedTile | None:
+    """For out[rows, width] of few tokens: of the tiles of which no SM gets two, the one that fetches least, which time
+    goes with; None where there is none, or many SMs would get none. The same up to each multiple of 64 rows, as
+    `runner.WARM_UP_ROWS` has it.
+    """
+    rows = triton.cdiv(rows, GATED_ROWS) * GATED_ROWS
+    fitting = [
+        tile
+        for tile in ONE_TURN
+        if triton.cdiv(rows, tile.height) * triton.cdiv(width, tile.width) <= num_sms
+        and rows * width >= _MIN_TURN * num_sms * tile.height * tile.width
+    ]
+    return min(fitting, key=lambda tile: tile.height + 2 * tile.width, default=None)
 
 
 def choose_splits(num_tiles: int, depth: int, num_sms: int, tile: Tile, group_size: int = 0) -> int:

@@ -118,9 +118,9 @@ def valid(key: str, numbers: object) -> bool:
     )
 
 
-def not_ours(kind: str, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the table says that our kernel is not the best for x[M, K] by weight[N, K], both in 16 bits."""
-    return choices(x.device).get(product_key(kind, weight.dtype, x.shape[0], *weight.shape)) == NOT_OURS
+def choice(kind: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...] | None:
+    """The table's for x[M, K] by weight[N, K], both in 16 bits; None where it has none."""
+    return choices(x.device).get(product_key(kind, weight.dtype, x.shape[0], *weight.shape))
 
 
 def tile(numbers: tuple[int, ...]) -> tuple[Tile, int]:

@@ -316,9 +316,12 @@ def sampling_case(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rounds", "top"), [(0, -1), (0, 5), (1, -1), (1, 5), (3, 5)])
-def test_draw(rounds, top, dtype, monkeypatch):
-    """The twin's very ids and logprobs. rounds 0: no filters; 1: one program a row finishes most of them."""
+@pytest.mark.parametrize(("rounds", "top", "few"), [(0, -1, 8), (0, 5, 8), (1, -1, 8), (1, 5, 4), (3, 5, 8)])
+def test_draw(rounds, top, few, dtype, monkeypatch):
+    """The twin's very ids and logprobs. rounds 0: no filters; 1: one program a row finishes most of them. few: so many
+    best ids are found one by one.
+    """
+    monkeypatch.setattr(sample, "FEW", few)
     monkeypatch.setattr(sample, "SLICE", 64)
     monkeypatch.setattr(sample, "GROUP", 8)
     monkeypatch.setattr(sample, "_CHECKED", 128)
@@ -344,6 +347,24 @@ def test_draw(rounds, top, dtype, monkeypatch):
                 logits[row].float()[ids[1 : 1 + wanted].long()], logits[row, :200].float().topk(wanted)[0]
             )
             assert len(set(ids[1 : 1 + wanted].tolist())) == wanted
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_draw_of_more_rows_than_programs(spread, monkeypatch):
+    """A nucleus is read by few programs, and no further than decides: the twin's ids."""
+    monkeypatch.setattr(sample, "SLICE", 64)
+    monkeypatch.setattr(sample, "GROUP", 8)
+    monkeypatch.setattr(sample, "_CHECKED", 64)
+    monkeypatch.setattr(sample, "_READERS", 3)
+    torch.manual_seed(0)
+    logits, rows = torch.randn(30, 500) * spread, torch.arange(30, dtype=torch.int32)
+    floats, ints = torch.zeros(30, columns.NUM_FLOATS), torch.zeros(30, columns.NUM_INTS, dtype=torch.int32)
+    floats[:, columns.TEMPERATURE], floats[:, columns.TOP_P] = 0.8, torch.linspace(0.05, 0.99, 30)
+    ints[:, columns.SEED_LOW] = torch.randint(2**31, (30,)).int()
+    tokens, expected_tokens = torch.zeros(2, 30, 50, dtype=torch.int32).unbind(0)
+    got = sample.draw(logits, rows, rows, floats, ints, tokens, 500, None, True, -1)
+    want = reference.draw(logits, rows, rows, floats, ints, expected_tokens, 500, 0, True, -1)
+    assert got.tolist() == want.tolist() and torch.equal(tokens, expected_tokens)
 
 
 def test_draw_beyond_what_is_ranked(monkeypatch):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import kernels
 from engine.kernels import Codes, Quantised, convert, matmul, reference
-from engine.kernels.tiles import GATED_GROUPS, Tile
+from engine.kernels.tiles import GATED, ONE_TURN, GatedTile, Tile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -316,7 +316,7 @@ def bulk(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: i
 
 
 @needs_bulk
-@pytest.mark.parametrize("num_rows", [2, 40, 129, 256])
+@pytest.mark.parametrize("num_rows", [2, 40, 100, 129, 256])
 @pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen2.5-1.5B"])
 def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
     """Bit for bit, of the same inputs in the same order: silu and the product with up are rounded where theirs are."""
@@ -328,20 +328,23 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
 
 
 @needs_bulk
-@pytest.mark.parametrize("groups", GATED_GROUPS)
+@pytest.mark.parametrize("tile", (*GATED, *ONE_TURN), ids=str)
 @pytest.mark.parametrize(
     ("num_rows", "inputs", "width"),
     [(1, 2048, 6144), (257, 2048, 6144), (3001, 2048, 6144), (2000, 1536, 8960), (700, 1000, 200), (65, 72, 8)],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_gated_product_of_many_rows_is_that_of_the_two_kernels(dtype, num_rows, inputs, width, groups):
+def test_a_gated_product_of_many_rows_is_that_of_the_two_kernels(
+    dtype: torch.dtype, num_rows: int, inputs: int, width: int, tile: GatedTile
+) -> None:
     """Bit for bit, also past the edges of tiles: some of tokens, of inputs, and of gate, where up begins."""
     from engine.kernels import gated_hopper
 
     x = torch.randn(num_rows, inputs, device="cuda").to(dtype)
     weight = torch.randn(2 * width, inputs, device="cuda").to(dtype) / 40
     apart = kernels.silu_mul(matmul.multiply(x, None, weight, None, None, dtype, 0, bulk(64, 64, 64, 4, 3), 1))
-    assert torch.equal(without_waiting(gated_hopper.launch, x, weight, groups), apart)
+    for early in (False, True):
+        assert torch.equal(without_waiting(gated_hopper.launch, x, weight, tile, early), apart)
 
 
 @needs_bulk
@@ -488,7 +491,7 @@ def test_a_chain_with_scales_of_groups_is_that_of_products_one_by_one(num_rows, 
 
 
 @needs_bulk
-@pytest.mark.parametrize("num_rows", [8, 100, 256])
+@pytest.mark.parametrize("num_rows", [8, 100, 150, 256, 2048])
 def test_a_chain_of_bulk_tiles_is_that_of_products_one_by_one(num_rows):
     """Each begins before the one before it has ended, and reads what that stored through the copy engine: bit for bit
     what they give with the device idle between them, replayed many times on other rows.

@@ -12,7 +12,7 @@ import torch
 from engine.benchmarks import tune
 from engine.config import ModelError
 from engine.kernels import chip, matmul, tuned
-from engine.kernels.tiles import Tile
+from engine.kernels.tiles import Tile, one_turn
 
 GOOD = {
     "gemv/1/4096x2048": (8192, 8, 0),
@@ -168,6 +168,7 @@ def test_a_table_leaves_products_to_the_library(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tuned, "choices", lambda device: table)
     monkeypatch.setattr(matmul, "multiply", launch)
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
+    assert one_turn(200, 64, chip.num_sms(x.device)) is None
     assert matmul.linear(x, weight) is x and matmul.gated(x, weight) is x and launched == [False, True]
     table["plain/bfloat16/256/128x64"] = tuned.NOT_OURS
     assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
