@@ -180,7 +180,9 @@ def add_rms_norm(
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes | None = None
 ) -> tuple[Tensor | Quantised, Tensor]:
-    """x[T, H], residual[T, H], weight[H] -> (rms_norm of the sum, the sum), the sum rounded to the dtype first."""
+    """x[T, H], residual[T, H], weight[H] -> (rms_norm of the sum, the sum), the sum rounded to the dtype first. x can
+    be a product in planes, [S, T, H] fp32 (`linear`): they are added in order, and that sum is rounded first, too.
+    """
     if not x.is_cuda:
         normed, total = reference.add_rms_norm(x, residual, weight, eps)
         return _quantised(normed, codes), total
@@ -339,15 +341,18 @@ def survey(logits: Tensor, k: int, num_ids: int) -> tuple[Tensor, Tensor, Tensor
     return reference.survey(logits, k, num_ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None, planes: bool = False
+) -> Tensor:
     """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours.
 
-    out: [M, N], contiguous; where it is given, the result is written there.
+    out: [M, N], contiguous; where it is given, the result is written there. planes: the result goes to `add_rms_norm`,
+    and where a kernel cuts the inputs in S > 1 parts it may be their sums, [S, M, N] fp32, not yet added up.
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.linear(x, weight, bias, out)
+        return matmul.linear(x, weight, bias, out, planes)
     return _written(reference.linear(x, weight, bias), out)
 
 
@@ -362,18 +367,19 @@ def weight_only_matmul(
     bias: Tensor | None = None,
     group_size: int = 0,
     out: Tensor | None = None,
+    planes: bool = False,
 ) -> Tensor:
     """x[M, K] @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in x's dtype.
 
     qdata: int8 or float8_e4m3fn. scale: fp32, each of group_size inputs (the last may have fewer); 0: of all, G = 1.
     The definition is the fp32 product of the dequantised weight. The kernels multiply the stored 8-bit values,
     accumulate in fp32 and scale the sums. In 16 bits several rows are split in digits first (`split_tokens`), whose FP8
-    sums are the tensor cores', and for many the weight is rounded to x's dtype. out: as of `linear`, and below.
+    sums are the tensor cores', and for many the weight is rounded to x's dtype. out, planes: as of `linear`, and below.
     """
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.weight_only_matmul(x, qdata, scale, bias, group_size, out)
+        return matmul.weight_only_matmul(x, qdata, scale, bias, group_size, out, planes)
     return _written(reference.weight_only_matmul(x, qdata, scale, bias, group_size), out)
 
 
@@ -467,12 +473,13 @@ def digits_matmul(
     dtype: torch.dtype,
     group_size: int = 0,
     out: Tensor | None = None,
+    planes: bool = False,
 ) -> Tensor:
     """`weight_only_matmul` of what x[2M, K], x_scale[M, 1] of `split_tokens` stand for -> [M, N] in `dtype`."""
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out)
+        return matmul.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out, planes)
     return _written(reference.digits_matmul(x, x_scale, qdata, scale, bias, dtype, group_size), out)
 
 
@@ -497,6 +504,7 @@ def w8a8_matmul(
     group_size: int = 0,
     out: Tensor | None = None,
     block_scale: Tensor | None = None,
+    planes: bool = False,
 ) -> Tensor:
     """(x[M, K] * x_scale[M, G]) @ (qdata[N, K] * scale[N, G]).T + bias[N] -> [M, N] in `dtype`.
 
@@ -507,5 +515,5 @@ def w8a8_matmul(
     if x.is_cuda:
         from engine.kernels import matmul
 
-        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out, block_scale)
+        return matmul.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size, out, block_scale, planes)
     return _written(reference.w8a8_matmul(x, x_scale, qdata, scale, bias, dtype, group_size), out)

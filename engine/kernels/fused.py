@@ -23,8 +23,28 @@ _SILU_BLOCK = 1024
 
 
 @triton.jit
+def add_planes(x, offset, mask, plane, PLANES: tl.constexpr, dtype: tl.constexpr):
+    """x[PLANES, T, H] fp32 added up in order, and rounded as a product is. plane: T * H."""
+    value = tl.load(x + offset, mask=mask, other=0.0)
+    for i in tl.static_range(1, PLANES):
+        value += tl.load(x + i * plane + offset, mask=mask, other=0.0)
+    return value.to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["plane"])
 def rms_norm_kernel(
-    x, residual, weight, out, total, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
+    x,
+    residual,
+    weight,
+    out,
+    total,
+    eps,
+    plane,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    PLANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
     offset = tl.arange(0, BLOCK)
@@ -33,8 +53,11 @@ def rms_norm_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    value = tl.load(x + row + offset, mask=mask, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
+    if PLANES:
+        value = add_planes(x, row + offset, mask, plane, PLANES, dtype)
+    else:
+        value = tl.load(x + row + offset, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row + offset, mask=mask, other=0.0).to(tl.float32)
         rounded = value.to(dtype)
@@ -77,11 +100,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    check_rows(x)
-    check_rows(residual)
-    assert residual.shape == x.shape and residual.dtype == x.dtype
-    assert weight.shape == x.shape[1:] and weight.is_contiguous()
-    out, total = empty_rows(x, *x.shape), torch.empty_like(x)
+    check_added(x, residual)
+    assert weight.shape == residual.shape[1:] and weight.is_contiguous()
+    out, total = empty_rows(residual, *residual.shape), torch.empty_like(residual)
     _launch_norm(x, residual, weight, out, total, eps, add=True)
     return out, total
 
@@ -102,10 +123,17 @@ def check_rows(x: Tensor) -> None:
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
 
 
+def check_added(x: Tensor, residual: Tensor) -> None:
+    """x: as the residual, or planes of fp32."""
+    check_rows(residual)
+    planes = x.dim() == 3 and x.dtype == torch.float32 and x.shape[0] > 1
+    assert x.is_contiguous() and residual.shape == x.shape[-2:] and (planes or x.dtype == residual.dtype)
+
+
 def _launch_norm(
     x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, total: Tensor, eps: float, *, add: bool
 ) -> None:
-    num_tokens, width = x.shape
+    num_tokens, width = residual.shape
     if num_tokens:
         block = triton.next_power_of_2(width)
         warps = min(max(block // 512, 1), 8)
@@ -116,9 +144,11 @@ def _launch_norm(
             out,
             total,
             eps,
+            residual.numel(),
             H=width,
             BLOCK=block,
             ADD=add,
+            PLANES=x.shape[0] if x.dim() == 3 else 0,
             num_warps=warps,
             **chip.dependent_launch(x.device),
         )

@@ -18,12 +18,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import Codes, Quantised, chip
 from engine.kernels.convert import cut, empty_codes, smooths, store_codes
-from engine.kernels.fused import check_rows
+from engine.kernels.fused import add_planes, check_added, check_rows
 
 _CHUNK = 2048  # values of a token that silu takes at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane"])
 def norm_quantize_kernel(
     x,
     residual,
@@ -33,8 +33,10 @@ def norm_quantize_kernel(
     scales,
     total,
     eps,
+    plane,
     H: tl.constexpr,
     ADD: tl.constexpr,
+    PLANES: tl.constexpr,
     SMOOTH: tl.constexpr,
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -49,8 +51,11 @@ def norm_quantize_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    value = tl.load(x + row * H + k, mask=mask, other=0.0).to(tl.float32)
     dtype = total.dtype.element_ty
+    if PLANES:
+        value = add_planes(x, row * H + k, mask, plane, PLANES, dtype)
+    else:
+        value = tl.load(x + row * H + k, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * H + k, mask=mask, other=0.0).to(tl.float32)
         rounded = value.to(dtype)
@@ -106,10 +111,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, codes: Codes) -> Quantised:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes) -> tuple[Quantised, Tensor]:
-    check_rows(x)
-    check_rows(residual)
-    assert residual.shape == x.shape and residual.dtype == x.dtype
-    total = torch.empty_like(x)
+    check_added(x, residual)
+    total = torch.empty_like(residual)
     return _norm(x, residual, weight, eps, codes, total, add=True), total
 
 
@@ -149,9 +152,9 @@ def _chunks(width: int, group_size: int) -> tuple[int, int, int]:
 def _norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: Codes, total: Tensor, *, add: bool
 ) -> Quantised:
-    assert weight.shape == x.shape[1:] and weight.is_contiguous()
-    num_tokens, width = x.shape
-    qdata, scale = empty_codes(x, width, codes)
+    assert weight.shape == residual.shape[1:] and weight.is_contiguous()
+    num_tokens, width = residual.shape
+    qdata, scale = empty_codes(residual, width, codes)
     if num_tokens:
         parts, span, warps = cut(width, codes.group_size)
         norm_quantize_kernel[(num_tokens,)](
@@ -163,8 +166,10 @@ def _norm(
             scale,
             total,
             eps,
+            residual.numel(),
             H=width,
             ADD=add,
+            PLANES=x.shape[0] if x.dim() == 3 else 0,
             SMOOTH=smooths(codes.pre_scale, width),
             PARTS=parts,
             SPAN=span,
@@ -174,4 +179,4 @@ def _norm(
             enable_fp_fusion=False,
             **chip.dependent_launch(x.device),
         )
-    return Quantised(qdata, scale, x.dtype)
+    return Quantised(qdata, scale, residual.dtype)

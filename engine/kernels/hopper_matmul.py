@@ -9,8 +9,9 @@ faster, and nobody looks at what comes out. A buffer is asked for again when the
 when that of the next step has begun.
 
 The weight is the left operand, as the tensor cores want 64 rows of that: out.T is computed, and turned on its way out
-through shared memory, from where the copy engine stores it. Inputs that are split over programs, and digits, are as in
-`matmul.py`. A gated product multiplies the same rows by the weights of gate and of up, and stores silu(gate) * up.
+through shared memory, from where the copy engine stores it. Inputs that are split over programs, planes, and digits
+are as in `matmul.py`. A gated product multiplies the same rows by the weights of gate and of up, and stores
+silu(gate) * up.
 
 Scales of weights are loaded before that wait, too, and those of rows before the first product. Where groups of inputs
 have scales, a step is of one group, or of a part of it, and has a sum of its own; two of them alternate, so that the
@@ -129,6 +130,7 @@ def hopper_matmul_kernel(
     ROOM: gl.constexpr,
     GATED: gl.constexpr,
     BIAS: gl.constexpr,
+    PLANES: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -251,38 +253,43 @@ def hopper_matmul_kernel(
             slot, phase = following(slot, phase, STAGES)
         acc, up = warpgroup_mma_wait(0, deps=[acc, up])
         total, total_up = _joined(acc, KIND), _joined(up, KIND)
-    last = num_splits == 1
-    if num_splits > 1:
-        SIZE: gl.constexpr = BLOCK_N * ROWS
-        inside = gl.arange(0, BLOCK_N, ALONG)[:, None] * ROWS + gl.arange(0, ROWS, ACROSS)[None, :]
-        place = partial + (tile * num_splits).to(gl.int64) * SIZE + inside
-        gl.store(place + split * SIZE, total)
-        debug_barrier()  # every thread's part is stored before one of them says so
-        last = gl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1
+    if KIND != PLAIN and not GROUP:
+        total *= scales[:, None]
+    if KIND == DIGITS or (KIND == W8A8 and not GROUP):
+        total *= factors[None, :]
+    if PLANES:
+        m, M = first_m * ROWS // BLOCK_M + gl.arange(0, ROWS, ACROSS), R * ROWS // BLOCK_M
+        place = partial + split.to(gl.int64) * M * N + m[None, :] * N + n[:, None]
+        gl.store(place, total, mask=(m < M)[None, :] & (n < N)[:, None])
+    else:
+        last = num_splits == 1
+        if num_splits > 1:
+            SIZE: gl.constexpr = BLOCK_N * ROWS
+            inside = gl.arange(0, BLOCK_N, ALONG)[:, None] * ROWS + gl.arange(0, ROWS, ACROSS)[None, :]
+            place = partial + (tile * num_splits).to(gl.int64) * SIZE + inside
+            gl.store(place + split * SIZE, total)
+            debug_barrier()  # every thread's part is stored before one of them says so
+            last = gl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1
+            if last:
+                gl.store(counters + tile, 0)  # as the next product expects it
+                total = gl.zeros([BLOCK_N, ROWS], gl.float32, LAYOUT)
+                for i in range(num_splits):
+                    total += gl.load(place + i * SIZE, cache_modifier=".cg")
         if last:
-            gl.store(counters + tile, 0)  # as the next product expects it
-            total = gl.zeros([BLOCK_N, ROWS], gl.float32, LAYOUT)
-            for i in range(num_splits):
-                total += gl.load(place + i * SIZE, cache_modifier=".cg")
-    if last:
-        if KIND != PLAIN and not GROUP:
-            total *= scales[:, None]
-        if KIND == DIGITS or (KIND == W8A8 and not GROUP):
-            total *= factors[None, :]
-        if GATED and KIND != PLAIN:
-            total_up = total_up * up_scales[:, None] * factors[None, :]
-        if BIAS:
-            total += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-        result = total.to(out_desc.dtype)
-        if GATED:  # rounded where the separate operations round
-            gate = result.to(gl.float32)
-            silu = (gate / (1.0 + gl.exp(-gate))).to(out_desc.dtype).to(gl.float32)
-            result = (silu * total_up.to(out_desc.dtype).to(gl.float32)).to(out_desc.dtype)
-        turned = gl.allocate_shared_memory(out_desc.dtype, [ROWS, BLOCK_N], out_desc.layout)
-        turned.permute((1, 0)).store(result)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [first_m * ROWS // BLOCK_M, first_n], turned)
-        tma.store_wait(0)
+            if BIAS:
+                total += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+            result = total.to(out_desc.dtype)
+            if GATED:  # rounded where the separate operations round
+                if KIND != PLAIN:
+                    total_up = total_up * up_scales[:, None] * factors[None, :]
+                gate = result.to(gl.float32)
+                silu = (gate / (1.0 + gl.exp(-gate))).to(out_desc.dtype).to(gl.float32)
+                result = (silu * total_up.to(out_desc.dtype).to(gl.float32)).to(out_desc.dtype)
+            turned = gl.allocate_shared_memory(out_desc.dtype, [ROWS, BLOCK_N], out_desc.layout)
+            turned.permute((1, 0)).store(result)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [first_m * ROWS // BLOCK_M, first_n], turned)
+            tma.store_wait(0)
 
 
 def launch(
@@ -300,12 +307,14 @@ def launch(
     *,
     gated: bool = False,
 ) -> None:
-    """As `matmul.multiply`, which has chosen the tile. gated: w[2N, K] is gate | up, out[M, N] is silu(gate) * up."""
-    (rows, depth), width = x.shape, out.shape[1]
+    """As `matmul.multiply`, which has chosen the tile. gated: w[2N, K] is gate | up, out[M, N] is silu(gate) * up. out:
+    with one dimension more, a plane for each split.
+    """
+    (rows, depth), width, planes = x.shape, out.shape[-1], out.dim() == 3
     block_m, block_n, block_k = tile.block_m, tile.block_n, min(tile.block_k, group_size or tile.block_k)
     out_rows = block_m // 2 if kind == DIGITS.value else block_m
     num_tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n)
-    parts = num_tiles * num_splits * out_rows * block_n if num_splits > 1 else 0
+    parts = num_tiles * num_splits * out_rows * block_n if num_splits > 1 and not planes else 0
     room, num_stages = 16, tile.num_stages
     if group_size and kind == W8A8.value:
         inputs = triton.cdiv(depth, 2 * block_k * num_splits) * 2 * block_k  # of a program
@@ -314,11 +323,11 @@ def launch(
     hopper_matmul_kernel[(num_tiles, num_splits)](
         descriptor(x, block_m, block_k, height_of(x, block_m)),
         descriptor(w, block_n, block_k),
-        descriptor(out, out_rows, block_n),
+        descriptor(x if planes else out, out_rows, block_n),
         x if x_scale is None else x_scale,
         x if scale is None else scale,
         x if bias is None else bias,
-        x.new_empty(parts, dtype=torch.float32),
+        out if planes else x.new_empty(parts, dtype=torch.float32),
         counters,
         rows,
         width,
@@ -330,6 +339,7 @@ def launch(
         ROOM=room,
         GATED=gated,
         BIAS=bias is not None,
+        PLANES=planes,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,

@@ -13,6 +13,7 @@ library multiplies. Where the chip has no 8-bit product of these types, weights 
 The kernel: out is cut into tiles, a program for each, which walks the inputs, loading some steps ahead. For few rows
 the weight is the left operand, as the tensor cores want 64 rows of that. Where tiles are few and inputs many, the
 inputs are cut too: the programs of one tile leave their sums in `partial`, and the last to arrive adds them, in order.
+Or in planes, [S, M, N] fp32, which the norm that follows adds: then nobody waits to be the last.
 Small tiles (EARLY_ROWS) fetch the weights of their first step before they wait for the kernel that makes x.
 """
 
@@ -114,6 +115,7 @@ def matmul_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     BIAS: tl.constexpr,
+    PLANES: tl.constexpr,
     EVEN_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -190,8 +192,14 @@ def matmul_kernel(
         m, M = first // 2 + tl.arange(0, ROWS), R // 2
     m_exists = m < M
     LEFT: tl.constexpr = WEIGHT_LEFT or KIND == DIGITS  # acc is of out.T
+    if GROUP == 0 and KIND != PLAIN:
+        acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), LEFT)
+    if KIND == DIGITS or (KIND == W8A8 and GROUP == 0):
+        acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not LEFT)
     last = num_splits == 1
-    if num_splits > 1:
+    if PLANES:
+        last, out = True, out + split.to(tl.int64) * M * N
+    elif num_splits > 1:
         OUT: tl.constexpr = (BLOCK_N, ROWS) if LEFT else (ROWS, BLOCK_N)
         place = (tile * num_splits).to(tl.int64) * (ROWS * BLOCK_N)
         place += tl.arange(0, OUT[0])[:, None] * OUT[1] + tl.arange(0, OUT[1])[None, :]
@@ -204,10 +212,6 @@ def matmul_kernel(
             for i in range(num_splits):
                 acc += tl.load(partial + place + i * (ROWS * BLOCK_N), cache_modifier=".cg")
     if last:
-        if GROUP == 0 and KIND != PLAIN:
-            acc *= _along(tl.load(w_scale + n, mask=n_exists, other=0.0), LEFT)
-        if KIND == DIGITS or (KIND == W8A8 and GROUP == 0):
-            acc *= _along(tl.load(x_scale + m, mask=m_exists, other=0.0), not LEFT)
         if BIAS:
             acc += _along(tl.load(bias + n, mask=n_exists, other=0.0).to(tl.float32), LEFT)
         result = acc.to(out.dtype.element_ty)
@@ -217,14 +221,16 @@ def matmul_kernel(
         tl.store(target, result, mask=m_exists[:, None] & n_exists[None, :])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None, planes: bool = False
+) -> Tensor:
     assert out is None or out.is_contiguous()
     if x.shape[0] == 1 and x.is_contiguous():
         return gemv(x, weight, None, bias, out=out)
     ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
     ours = ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0]))
     if ours and tuned.choice("plain", x, weight) != tuned.NOT_OURS:
-        return multiply(x, None, weight, None, bias, x.dtype, 0, out=out)
+        return multiply(x, None, weight, None, bias, x.dtype, 0, out=out, planes=planes)
     return _by_library(x, weight, bias, out)
 
 
@@ -311,6 +317,7 @@ def weight_only_matmul(
     bias: Tensor | None = None,
     group_size: int = 0,
     out: Tensor | None = None,
+    planes: bool = False,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
@@ -318,11 +325,11 @@ def weight_only_matmul(
     if rows == 1:
         return gemv(x, qdata, scale, bias, group_size, out=out)
     if takes_digits(x, qdata.dtype, group_size):
-        return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size, out)
+        return digits_matmul(*split_tokens(x, qdata.dtype), qdata, scale, bias, x.dtype, group_size, out, planes)
     if rows >= DEQUANTIZE_ROWS:
         # Not through our kernels: they fetch weights before the kernel before them, which writes these, is done.
         return _by_library(x, dequantize(qdata, scale, group_size, x.dtype), bias, out)
-    return multiply(x, None, qdata, scale, bias, x.dtype, group_size, out=out)
+    return multiply(x, None, qdata, scale, bias, x.dtype, group_size, out=out, planes=planes)
 
 
 def takes_digits(x: Tensor, stored: torch.dtype, group_size: int) -> bool:
@@ -344,11 +351,12 @@ def digits_matmul(
     dtype: torch.dtype,
     group_size: int = 0,
     out: Tensor | None = None,
+    planes: bool = False,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype == qdata.dtype
     assert x_scale.shape == (x.shape[0] // 2, 1) and x_scale.dtype == torch.float32 and x_scale.is_contiguous()
-    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out)
+    return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out, planes=planes)
 
 
 def w8a8_matmul(
@@ -361,6 +369,7 @@ def w8a8_matmul(
     group_size: int = 0,
     out: Tensor | None = None,
     block_scale: Tensor | None = None,
+    planes: bool = False,
 ) -> Tensor:
     _check(x, qdata, scale, bias, group_size)
     assert x.dtype == qdata.dtype
@@ -372,7 +381,7 @@ def w8a8_matmul(
         product = product if bias is None else product.add_(bias)
         return product if out is None else out.copy_(product)
     if block_scale is None or not _library_multiplies_blocks(x, dtype, block_scale):
-        return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out)
+        return multiply(x, x_scale, qdata, scale, bias, dtype, group_size, out=out, planes=planes)
     if out is None:
         out = x.new_empty(x.shape[0], qdata.shape[0], dtype=dtype)
     rows = x.shape[0] // 4 * 4  # the library wants the scales of a group aligned: the others are ours
@@ -429,23 +438,24 @@ def multiply(
     num_splits: int = 0,
     out: Tensor | None = None,
     gated: bool = False,
+    planes: bool = False,
 ) -> Tensor:
     """Any of the products through a kernel of ours; x has two rows for each of x_scale's where they are digits. tile,
-    num_splits: the tests' and measurements' choice of them. gated: by a bulk tile alone, see `gated`.
+    num_splits: the tests' and measurements' choice of them. gated: by a bulk tile alone, see `gated`. planes: where
+    inputs are cut, out may be [S, M, N] fp32, see above.
     """
     (rows, depth), width = x.shape, w.shape[0] // 2 if gated else w.shape[0]
     if x_scale is not None:
         kind = (W8A8 if x_scale.shape[0] == rows else DIGITS).value
     else:
         kind = (PLAIN if scale is None else WEIGHT_ONLY).value
-    if out is None:
-        out = empty_rows(x, rows if x_scale is None else x_scale.shape[0], width, dtype=dtype)
+    out_rows = rows if x_scale is None else x_scale.shape[0]
     if rows == 0:
-        return out
+        return x.new_empty(0, width, dtype=dtype) if out is None else out
     num_sms = chip.num_sms(x.device)
     if tile is None:
-        bulk = out.shape[0] <= BULK_ROWS and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
-        bulk = bulk and out.data_ptr() % 16 == 0 and _bulk(x, w, width)
+        bulk = out_rows <= BULK_ROWS and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
+        bulk = bulk and (out is None or out.data_ptr() % 16 == 0) and _bulk(x, w, width)
         key = tuned.product_key("gated" if gated else _KINDS[kind], w.dtype, rows, *w.shape, group_size=group_size)
         found = tuned.choices(x.device).get(key)
         if found and (bulk or found[5] != tuned.BULK):
@@ -456,6 +466,11 @@ def multiply(
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     num_splits = 1 if gated else num_splits or choose_splits(num_tiles, depth, num_sms, tile, group_size)
     assert num_splits == 1 or num_tiles <= _MAX_TILES
+    planes = planes and num_splits > 1 and bias is None and out is None
+    if planes:
+        out = x.new_empty(num_splits, out_rows, width, dtype=torch.float32)
+    elif out is None:
+        out = empty_rows(x, out_rows, width, dtype=dtype)
     if tile.bulk:
         from engine.kernels import hopper_matmul
 
@@ -463,7 +478,7 @@ def multiply(
         hopper_matmul.launch(x, x_scale, w, scale, bias, out, kind, tile, group_size, num_splits, counters, gated=gated)
         return out
     assert not gated
-    parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 else 0
+    parts = num_tiles * num_splits * tile.block_m * tile.block_n if num_splits > 1 and not planes else 0
     matmul_kernel[(num_tiles, num_splits)](
         x,
         x if x_scale is None else x_scale,
@@ -481,6 +496,7 @@ def multiply(
         KIND=kind,
         GROUP=group_size,
         BIAS=bias is not None,
+        PLANES=planes,
         EVEN_K=depth % block_k == 0,
         WEIGHT_LEFT=tile.weight_left,
         BLOCK_M=tile.block_m,

@@ -34,6 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.dim() == 3:
+        x = sum(x[1:], start=x[0]).to(residual.dtype)  # in order
     total = x + residual
     return rms_norm(total, weight, eps), total
 

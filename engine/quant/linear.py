@@ -23,10 +23,10 @@ class PlainLinear:
     def takes(self, like: Tensor) -> None:
         """Activations in the compute dtype."""
 
-    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None, planes: bool = False) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given. planes: see `kernels.linear`."""
         assert isinstance(x, Tensor)
-        return kernels.linear(x, self.weight, self.bias, out)
+        return kernels.linear(x, self.weight, self.bias, out, planes)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
@@ -64,12 +64,12 @@ class WeightOnlyLinear:
         splits = kernels.takes_digits(like, self.qdata.dtype, self.group_size)
         return Codes(self.qdata.dtype, digits=2) if splits else None
 
-    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None, planes: bool = False) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given. planes: see `kernels.linear`."""
         stored = (self.qdata, self.scale, self.bias)
         if isinstance(x, Tensor):
-            return kernels.weight_only_matmul(x, *stored, self.group_size, out)
-        return kernels.digits_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out)
+            return kernels.weight_only_matmul(x, *stored, self.group_size, out, planes)
+        return kernels.digits_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out, planes)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
@@ -109,12 +109,12 @@ class W8A8Linear:
         """What spares the product a launch: activations quantised by the operation before it."""
         return Codes(self.qdata.dtype, self.group_size, pre_scale=self.pre_scale)
 
-    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
-        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given."""
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None, planes: bool = False) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype, written to `out` where it is given. planes: see `kernels.linear`."""
         if isinstance(x, Tensor):
             x = Quantised(*kernels.quantize_tokens(x, self.qdata.dtype, self.group_size, self.pre_scale), x.dtype)
         stored = (self.qdata, self.scale, self.bias)
-        return kernels.w8a8_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out, self.block_scale)
+        return kernels.w8a8_matmul(x.qdata, x.scale, *stored, x.dtype, self.group_size, out, self.block_scale, planes)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         """[M, K] -> `silu_mul` of the product [M, N / 2], as the next product takes it."""
@@ -145,5 +145,5 @@ def add_rms_norm(
     """`kernels.add_rms_norm` of the product and residual[M, N], which may be overwritten -> (normed, the sum)."""
     total = linear.added(x, residual)
     if total is None:
-        return kernels.add_rms_norm(linear(x), residual, weight, eps, codes)
+        return kernels.add_rms_norm(linear(x, planes=True), residual, weight, eps, codes)
     return kernels.rms_norm(total, weight, eps, codes), total

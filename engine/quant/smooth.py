@@ -58,10 +58,10 @@ class _Observed(PlainLinear):
 
     observer: Any = None
 
-    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor | Quantised, out: Tensor | None = None, planes: bool = False) -> Tensor:
         assert isinstance(x, Tensor)
         self.observer(x.float())
-        return super().__call__(x, out)
+        return super().__call__(x, out, planes)
 
     def gated(self, x: Tensor | Quantised, codes: Codes | None) -> Tensor | Quantised:
         return kernels.silu_mul(self(x), codes)

@@ -112,6 +112,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     weight = torch.zeros(2048, dtype=dtype)
     fused.rms_norm(x, weight, 1e-6)
     fused.add_rms_norm(x, x, weight, 1e-6)
+    fused.add_rms_norm(torch.zeros(3, 2, 2048), x, weight, 1e-6)
     fused.silu_mul(x)
     floats, ints = torch.ones(2), torch.zeros(2, dtype=torch.int32)
     inputs.decode_inputs(ints, ints, ints[None], ints[None], 16)
@@ -169,7 +170,7 @@ def check_alternating(sass: str, groups: int = 1, products: int = 1) -> None:
     assert waits == [str(products), "0"] * groups, waits
 
 
-def check_bulk(ptx: str, *, KIND: int, GATED: bool, STAGES: int, **rest: object) -> None:
+def check_bulk(ptx: str, *, KIND: int, GATED: bool, PLANES: bool, STAGES: int, **rest: object) -> None:
     """Before a bulk tile waits for the kernel before it, it asks for the weights of all its buffers, and for scales of
     weights, and no more.
     """
@@ -178,7 +179,7 @@ def check_bulk(ptx: str, *, KIND: int, GATED: bool, STAGES: int, **rest: object)
     assert after and ("ld.global" in before) == scaled
     asked = before.count("cp.async.bulk.tensor.2d.shared")
     assert asked == STAGES * (2 if GATED else 1), (asked, STAGES, rest)
-    assert "cp.async.bulk.tensor.2d.global.shared" in after and "wgmma.mma_async" in after
+    assert ("cp.async.bulk.tensor.2d.global.shared" in after) != PLANES and "wgmma.mma_async" in after
 
 
 def multiply(capability: int, dtype: torch.dtype) -> None:
@@ -205,6 +206,7 @@ def multiply(capability: int, dtype: torch.dtype) -> None:
                 if group and stored == torch.int8 and codes.digits == 1:
                     continue  # no such format
                 fused_quantize.add_rms_norm(x, x, x[0], 1e-6, codes)
+                fused_quantize.add_rms_norm(torch.zeros(2, 2, 2048), x, x[0], 1e-6, codes)
                 fused_quantize.silu_mul(x, codes)
             if group == 0:
                 factors = torch.zeros(2048)
@@ -230,6 +232,7 @@ def multiply_in_bulk(matrix: torch.Tensor) -> None:
     from engine.kernels import gated_hopper
 
     x, bias, scale = matrix[:2], matrix[0], torch.zeros(2048, 1)
+    assert matmul.multiply(x, None, matrix, None, None, x.dtype, 0, PLAIN_BULK[0][1][0], 2, planes=True).dim() == 3
     assert matmul.takes_bulk(x.device, x.dtype, *matrix.shape), "a new Triton: does hopper_matmul.py compile with it?"
     matmul.linear(x, matrix)
     assert matmul.gated(x, matrix) is not None

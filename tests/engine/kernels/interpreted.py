@@ -59,6 +59,11 @@ def test_norms(width, dtype):
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
     torch.testing.assert_close(total, expected_total, **tolerance)
     torch.testing.assert_close(normed, expected, **tolerance)
+    planes = torch.randn(3, *x.shape)
+    whole = (planes[0] + planes[1] + planes[2]).to(dtype)
+    for twin in (reference.add_rms_norm(p, residual, weight, 1e-6) for p in (planes, whole)):
+        for a, b in zip(fused.add_rms_norm(planes, residual, weight, 1e-6), twin, strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -61,7 +61,9 @@ def test_gated_product_of_one_row(shape, stored, group, monkeypatch):
 @pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_products_split_along_the_inputs(stored, group):
-    """The last program to arrive adds the parts, also where some are empty, and leaves the counters at zero."""
+    """The last program to arrive adds the parts, also where some are empty, and leaves the counters at zero. In planes
+    they are what it would have added.
+    """
     m, n, k = 9, 70, 300
     x, bias = torch.randn(m, k), torch.randn(n)
     qdata, scale = stored_weight(n, k, group, stored)
@@ -74,6 +76,11 @@ def test_products_split_along_the_inputs(stored, group):
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
         got = matmul.multiply(*tokens, qdata, scale, bias, torch.float32, group, tile, splits)
         torch.testing.assert_close(got, expected_w8a8, atol=1e-3, rtol=1e-4)
+        rest = (qdata, scale, None, torch.float32, group, tile, splits)
+        for operands in ((x, None), tokens):
+            whole, planes = (matmul.multiply(*operands, *rest, planes=p) for p in (False, True))
+            assert planes.shape == (splits, m, n) and torch.equal(sum(planes[1:], start=planes[0]), whole)
+        assert matmul.multiply(x, None, *rest[:-1], 1, planes=True).shape == (m, n)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 64), (3, 33, 257), (17, 40, 130)])
@@ -224,6 +231,10 @@ def test_norms_and_silu_quantise_as_the_twins_one_after_the_other(group, smooth,
     ]
     normed, got_total = fused_quantize.add_rms_norm(x, residual, weight, 1e-6, codes)
     assert torch.equal(got_total, total)
+    planes = torch.stack([x.float() - 3, torch.full(x.shape, 3.0)])
+    again, got_total = fused_quantize.add_rms_norm(planes, residual, weight, 1e-6, codes)
+    assert torch.equal(got_total, total)
+    assert torch.equal(again.qdata, normed.qdata) and torch.equal(again.scale, normed.scale)
     for got, expected in (*cases, (normed, reference.rms_norm(total, weight, 1e-6))):
         pre_scale = (codes if expected.shape[1] == 300 else half).pre_scale
         qdata, scale = reference.quantize_tokens(expected, torch.int8, group, pre_scale)

@@ -7,6 +7,7 @@ to bf16 once (2^-9); past DIGIT_ROWS rows the weights are too, and the twin's ar
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -421,6 +422,31 @@ def test_bulk_tiles_at_odd_shapes(n, k, dtype):
 
 
 @needs_bulk
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize(("num_rows", "tile"), [(9, bulk(16, 64, 128, 4, 8)), (100, bulk(64, 64, 128, 4, 4))], ids=str)
+def test_planes_of_bulk_tiles_add_up_to_the_product(num_rows: int, tile: Tile, splits: int) -> None:
+    """Bit for bit, of each kind, at odd shapes; the norm that adds them gives what it gives of the product."""
+    n, k = 1032, 1104
+    x, weight = (torch.randn(rows, k, device="cuda").bfloat16() for rows in (num_rows, n))
+    residual, gain = torch.randn(num_rows, n, device="cuda").bfloat16(), torch.rand(n, device="cuda").bfloat16()
+    cases: list[tuple[Any, ...]] = [(x, None, weight, None, None, x.dtype, 0)]
+    for stored, group in itertools.product(STORED, (0, 128)):
+        qdata, scale = stored_weight(n, k, group, stored)
+        for codes in (kernels.split_tokens(x, stored), kernels.quantize_tokens(x, stored, group)):
+            cases.append((*codes, qdata, scale, None, x.dtype, group))
+    for case in cases:
+        planes = without_waiting(partial(matmul.multiply, *case, tile, splits, planes=True))
+        whole = matmul.multiply(*case, tile, splits)
+        assert planes.shape == (splits, num_rows, n) and planes.dtype == torch.float32
+        assert torch.equal(sum(planes[1:], start=planes[0]).bfloat16(), whole)
+        for codes in (None, Codes(torch.int8)):
+            got, expected = (kernels.add_rms_norm(p, residual, gain, 1e-6, codes) for p in (planes, whole))
+            assert torch.equal(got[1], expected[1])
+            same = (got[0], expected[0]) if codes is None else (got[0].qdata, expected[0].qdata)
+            assert torch.equal(*same)
+
+
+@needs_bulk
 @pytest.mark.parametrize("num_rows", [2, 33, 100])
 @pytest.mark.parametrize("group", [64, 128, 256, 512])
 @pytest.mark.parametrize(("n", "k"), [(8, 64), (72, 208), (520, 1104), (1024, 896)])
@@ -499,10 +525,13 @@ def test_a_chain_of_bulk_tiles_is_that_of_products_one_by_one(num_rows):
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling would keep them apart
     up, down = (torch.randn(n, k, device="cuda").bfloat16() / 40 for n, k in ((4096, 2048), (2048, 2048)))
     gain, x = torch.rand(2048, device="cuda").bfloat16(), torch.randn(num_rows, 2048, device="cuda").bfloat16()
+    residual = torch.randn(num_rows, 2048, device="cuda").bfloat16()
     steps = [
         lambda t: kernels.gated(t, up),
         lambda t: kernels.linear(t, down),
         lambda t: kernels.rms_norm(t, gain, 1e-6),
+        lambda t: kernels.linear(t, down, planes=True),
+        lambda t: kernels.add_rms_norm(t, residual, gain, 1e-6)[0],
     ]
     check_chain(steps, x)
 
