@@ -124,7 +124,7 @@ def each_best(
     key = (tl.where(ids < num_ids, ordered(logit, 0), none).to(tl.int64) << 32) | (0x7FFFFFFF - ids)
     for i in range(k):
         best = tl.max(key, axis=0)
-        token = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+        token = tl.minimum(0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), num_ids - 1)  # of fewer ids than k, too, one
         key = tl.where(key == best, -0x8000000000000000, key)
         tl.store(ids_out + i, token)
         logprob = tl.load(logits + token).to(tl.float32) - log_sum

@@ -50,7 +50,7 @@ from engine.kernels.ranking import FEW, GROUP, SLICE, best_ids, each_best, joine
 
 ROUNDS = 3  # up to 7, of checking and drawing again, before single programs finish what is open
 
-_PROGRAMS_PER_SM = 2  # of the check: as many as have room at once, as what some find out saves others their reading
+_PROGRAMS_PER_SM = 2  # of the check: as many as have room at once, since those that come later may have less to read
 _NUM_COUNTS = 8
 _CHECKED = 16384  # ids that one program of the check reads at a time, so that many loads are on their way
 _READERS = 4  # programs of the check that share a row, where there are not more than enough
