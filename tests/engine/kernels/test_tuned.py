@@ -161,7 +161,7 @@ def test_a_table_leaves_products_to_the_library(monkeypatch: pytest.MonkeyPatch)
     table: tuned.Choices = {}
     launched: list[bool] = []
 
-    def launch(x: torch.Tensor, *rest: object, gated: bool = False, out: object = None) -> torch.Tensor:
+    def launch(x: torch.Tensor, *rest: object, gated: bool = False, **more: object) -> torch.Tensor:
         launched.append(gated)
         return x
 
