@@ -63,9 +63,10 @@ class GatedTile:
 
 
 GATED = (GatedTile(2, 128), GatedTile(3, 128))  # of many tokens
+_WIDTHS = ((32, 0), (32, 16), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
 ONE_TURN = (  # of as few as decode has
     *(GatedTile(3, 64, side) for side in (0, 16, 32)),
-    *(GatedTile(2, main, side) for main, side in ((32, 0), (32, 16), (64, 0), (64, 32), (128, 32), (128, 64))),
+    *(GatedTile(2, *width) for width in _WIDTHS),
 )
 
 

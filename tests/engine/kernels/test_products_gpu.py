@@ -329,7 +329,7 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
 
 
 @needs_bulk
-@pytest.mark.parametrize("tile", (*GATED, *ONE_TURN), ids=str)
+@pytest.mark.parametrize("tile", dict.fromkeys((*GATED, *ONE_TURN)), ids=str)
 @pytest.mark.parametrize(
     ("num_rows", "inputs", "width"),
     [(1, 2048, 6144), (257, 2048, 6144), (3001, 2048, 6144), (2000, 1536, 8960), (700, 1000, 200), (65, 72, 8)],
