@@ -46,6 +46,7 @@ from engine.kernels.tiles import (
     choose_tile,
     empty_rows,
     one_turn,
+    one_wave,
     tiles_for,
 )
 
@@ -57,6 +58,7 @@ LIBRARY_BLOCK_ROWS = 257  # those with scales of 1 x 128 by weights of 128 x 128
 PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and not the library's
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
 BULK_ROWS = 256  # up to so many rows products take bulk tiles where there are any
+FEW_ROWS = 128  # of more, in 16 bits, the library multiplies where SMs would take turns at bulk tiles, and gate and up
 ONE_TURN_ROWS = 64  # from more rows on, gate and up in 16 bits take one program an SM: `tiles.one_turn`
 GATED_DIGIT_ROWS = 32  # up to so many, tokens in two digits are gated where they are multiplied: more gain nothing
 EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
@@ -225,11 +227,14 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None, planes: bool = False
 ) -> Tensor:
     assert out is None or out.is_contiguous()
-    if x.shape[0] == 1 and x.is_contiguous():
+    rows, width = x.shape[0], weight.shape[0]
+    if rows == 1 and x.is_contiguous():
         return gemv(x, weight, None, bias, out=out)
-    ours = 1 < x.shape[0] <= BULK_ROWS and weight.shape[0] <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
-    ours = ours and (x.shape[0] <= PLAIN_ROWS or _bulk(x, weight, weight.shape[0]))
-    if ours and tuned.choice("plain", x, weight) != tuned.NOT_OURS:
+    ours = 1 < rows <= BULK_ROWS and width <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
+    ours = ours and (rows <= PLAIN_ROWS or _bulk(x, weight, width))
+    found = tuned.choice("plain", x, weight) if ours else tuned.NOT_OURS
+    fits = rows <= FEW_ROWS or one_wave(rows, width, chip.num_sms(x.device))
+    if found or (found is None and fits):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out, planes=planes)
     return _by_library(x, weight, bias, out)
 
@@ -249,18 +254,18 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
         return None
     if rows > BULK_ROWS:
         tile = choose_gated(rows, width, num_sms)
-        if tile is None:
-            return None
-        if scale is not None:
-            _check(x, weight, scale, None, group_size)
-            weight = dequantize(weight, scale, group_size, x.dtype)
+    elif scale is not None:
+        return None
     else:
         found = tuned.choice("gated", x, weight)
-        if scale is not None or found == tuned.NOT_OURS:
-            return None
-        tile = one_turn(rows, width, num_sms) if rows > ONE_TURN_ROWS and found is None else None
-        if tile is None:
+        tile = one_turn(rows, width, num_sms) if found is None and rows > ONE_TURN_ROWS else None
+        if tile is None and (found or (found is None and rows <= FEW_ROWS)):
             return multiply(x, None, weight, None, None, x.dtype, 0, gated=True)
+    if tile is None:
+        return None
+    if scale is not None:
+        _check(x, weight, scale, None, group_size)
+        weight = dequantize(weight, scale, group_size, x.dtype)
     from engine.kernels import gated_hopper
 
     return gated_hopper.launch(x, weight, tile, early=rows <= BULK_ROWS)

@@ -139,7 +139,6 @@ GATED_BULK: Tiles = (
     (32, (_bulk(32, 64, 128, 4, 5), _bulk(32, 64, 64, 4, 5))),
     (64, (_bulk(64, 64, 128, 8, 4), _bulk(64, 64, 64, 4, 4))),
     (128, (_bulk(128, 64, 128, 4, 3), _bulk(128, 64, 64, 4, 3))),
-    (_ANY, (_bulk(256, 64, 64, 8, 4), _bulk(128, 64, 64, 4, 3))),
 )
 BYTES_BULK: Tiles = (
     (16, (_bulk(16, 64, 256, 4, 5),)),
@@ -202,6 +201,11 @@ def tiles_for(
     if kind == W8A8.value:
         return W8A8_INT8_SM90 if dtype == torch.int8 else W8A8_FP8_SM90
     return DIGITS_INT8_SM90 if dtype == torch.int8 else DIGITS_FP8_SM90
+
+
+def one_wave(rows: int, width: int, num_sms: int) -> bool:
+    """Whether the SMs take a product of so many rows by bulk tiles at once, none of them two."""
+    return -(-rows // 128) * -(-width // 64) <= num_sms
 
 
 def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:

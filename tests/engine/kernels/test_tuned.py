@@ -157,7 +157,7 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
 
 
 def test_a_table_leaves_products_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(200, 64).bfloat16(), torch.randn(128, 64).bfloat16()
+    x, weight = torch.randn(100, 64).bfloat16(), torch.randn(128, 64).bfloat16()
     table: tuned.Choices = {}
     launched: list[bool] = []
 
@@ -168,14 +168,35 @@ def test_a_table_leaves_products_to_the_library(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tuned, "choices", lambda device: table)
     monkeypatch.setattr(matmul, "multiply", launch)
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
-    assert one_turn(200, 64, chip.num_sms(x.device)) is None
+    monkeypatch.setattr(chip, "num_sms", lambda device: 132)
+    assert one_turn(100, 64, 132) is None
     assert matmul.linear(x, weight) is x and matmul.gated(x, weight) is x and launched == [False, True]
-    table["plain/bfloat16/256/128x64"] = tuned.NOT_OURS
+    table["plain/bfloat16/128/128x64"] = tuned.NOT_OURS
     assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
     assert matmul.gated(x, weight) is x and launched == [False, True, True]
-    table["gated/bfloat16/256/128x64"] = tuned.NOT_OURS
-    assert matmul.gated(x, weight) is None and matmul.linear(x[:100], weight).shape == (100, 64)
+    table["gated/bfloat16/128/128x64"] = tuned.NOT_OURS
+    assert matmul.gated(x, weight) is None and matmul.linear(x[:60], weight).shape == (60, 64)
     assert launched == [False, True, True, False]
+
+
+def test_of_more_than_128_rows_the_library_multiplies_what_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the table says otherwise."""
+    table: tuned.Choices = {}
+    monkeypatch.setattr(tuned, "choices", lambda device: table)
+    monkeypatch.setattr(matmul, "multiply", lambda *rest, **more: "ours")
+    monkeypatch.setattr(matmul, "_by_library", lambda *rest: "the library's")
+    monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(chip, "num_sms", lambda device: 132)
+    narrow, wide = torch.zeros(66 * 64, 64).bfloat16(), torch.zeros(67 * 64, 64).bfloat16()
+    x = torch.zeros(200, 64).bfloat16()
+    assert matmul.linear(x, narrow) == matmul.linear(x[:128], wide) == "ours"
+    assert matmul.linear(x, wide) == "the library's"
+    table["plain/bfloat16/256/4288x64"] = table["gated/bfloat16/256/60000x64"] = (128, 64, 64, 4, 4, 2, 1)
+    assert matmul.linear(x, wide) == "ours"
+    very_wide = torch.zeros(60000, 64).bfloat16()
+    assert matmul.gated(x, very_wide) == matmul.gated(x[:128], very_wide) == "ours"
+    del table["gated/bfloat16/256/60000x64"]
+    assert matmul.gated(x, very_wide) is None
 
 
 def test_tuning_is_restricted_to_what_is_asked_for() -> None:
