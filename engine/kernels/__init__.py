@@ -385,8 +385,9 @@ def weight_only_matmul(
 
 def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: int = 0) -> Tensor:
     """x[M, K], weight[2I, K] (gate | up) -> `silu_mul` of their product [M, I], which is `linear` where scale is None,
-    else `weight_only_matmul`. One row is one launch on a GPU. By 16-bit weights on sm_90 up to 256 are, too, and by any
-    weights, once they are widened, numbers of rows that tiles fill well (`tiles.choose_gated`).
+    else `weight_only_matmul`. One row is one launch on a GPU. By 16-bit weights on sm_90 up to 128 are, too, and up to
+    256 where they take one turn (`tiles.one_turn`); by any weights, once they are widened, more rows that tiles fill
+    well (`tiles.choose_gated`).
     """
     if x.is_cuda and x.shape[0] == 1:
         from engine.kernels import gemv

@@ -251,12 +251,13 @@ def launch(x: Tensor, weight: Tensor, tile: GatedTile, early: bool = False) -> T
     out = empty_rows(x, rows, width)
     num_m, num_n = triton.cdiv(rows, tile.height), triton.cdiv(width, tile.width)
     room = SHARED - tile.height * tile.main * x.itemsize
+    w_desc, out_desc = descriptor(weight, tile.main, _DEPTH.value), descriptor(out, _ROWS.value, tile.main)
     gated_hopper_kernel[(min(num_m * num_n, chip.num_sms(x.device)),)](
         descriptor(x, _ROWS.value, _DEPTH.value, height_of(x, tile.height)),
-        descriptor(weight, tile.main, _DEPTH.value),
-        descriptor(weight, tile.side or tile.main, _DEPTH.value),
-        descriptor(out, _ROWS.value, tile.main),
-        descriptor(out, _ROWS.value, tile.side or tile.main),
+        w_desc,
+        descriptor(weight, tile.side, _DEPTH.value) if tile.side else w_desc,
+        out_desc,
+        descriptor(out, _ROWS.value, tile.side) if tile.side else out_desc,
         num_m,
         num_n,
         triton.cdiv(depth, _DEPTH.value),

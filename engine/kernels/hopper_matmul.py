@@ -46,7 +46,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
 from engine.kernels.convert import LOW_FP8, LOW_INT8
-from engine.kernels.tiles import DIGITS, PLAIN, W8A8, Tile
+from engine.kernels.tiles import DIGITS, PLAIN, W8A8, Tile, count_tiles
 
 SHARED = 226 << 10  # bytes of a program's buffers and scales; barriers have the rest of 227 KiB
 
@@ -313,7 +313,7 @@ def launch(
     (rows, depth), width, planes = x.shape, out.shape[-1], out.dim() == 3
     block_m, block_n, block_k = tile.block_m, tile.block_n, min(tile.block_k, group_size or tile.block_k)
     out_rows = block_m // 2 if kind == DIGITS.value else block_m
-    num_tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_n)
+    num_tiles = count_tiles(rows, width, block_m, block_n)
     parts = num_tiles * num_splits * out_rows * block_n if num_splits > 1 and not planes else 0
     room, num_stages = 16, tile.num_stages
     if group_size and kind == W8A8.value:

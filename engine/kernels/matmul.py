@@ -1,8 +1,9 @@
 """Triton kernel of the products with stored weights, and which of the ways a product goes. Letters: `__init__`.
 
 One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles; gate and up in 16 bits of
-more than 64 through `gated_hopper.py`. They need rows of whole 16 bytes. What remains, and the other chips, is told
-here. From two rows on:
+more than 64 through `gated_hopper.py`. They need rows of whole 16 bytes. 16 bits of more rows go to the library, and
+from FEW_ROWS on where the SMs would take turns at bulk tiles. What remains, and the other chips, is told here. From two
+rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
 token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
@@ -44,9 +45,9 @@ from engine.kernels.tiles import (
     choose_gated,
     choose_splits,
     choose_tile,
+    count_tiles,
     empty_rows,
     one_turn,
-    one_wave,
     tiles_for,
 )
 
@@ -233,7 +234,7 @@ def linear(
     ours = 1 < rows <= BULK_ROWS and width <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
     ours = ours and (rows <= PLAIN_ROWS or _bulk(x, weight, width))
     found = tuned.choice("plain", x, weight) if ours else tuned.NOT_OURS
-    fits = rows <= FEW_ROWS or one_wave(rows, width, chip.num_sms(x.device))
+    fits = rows <= FEW_ROWS or count_tiles(rows, width, 128, 64) <= chip.num_sms(x.device)
     if found or (found is None and fits):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out, planes=planes)
     return _by_library(x, weight, bias, out)
@@ -461,14 +462,13 @@ def multiply(
     if tile is None:
         bulk = out_rows <= BULK_ROWS and kind != WEIGHT_ONLY.value and dtype.itemsize == 2
         bulk = bulk and (out is None or out.data_ptr() % 16 == 0) and _bulk(x, w, width)
-        key = tuned.product_key("gated" if gated else _KINDS[kind], w.dtype, rows, *w.shape, group_size=group_size)
-        found = tuned.choices(x.device).get(key)
+        found = tuned.choice("gated" if gated else _KINDS[kind], x, w, group_size=group_size)
         if found and (bulk or found[5] != tuned.BULK):
             tile, num_splits = tuned.tile(found)
         else:
             tile = choose_tile(tiles_for(x.device, kind, x.dtype, group_size, bulk, gated), rows, width, num_sms)
     block_k = min(tile.block_k, group_size or tile.block_k)
-    num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n)
+    num_tiles = count_tiles(rows, width, tile.block_m, tile.block_n)
     num_splits = 1 if gated else num_splits or choose_splits(num_tiles, depth, num_sms, tile, group_size)
     assert num_splits == 1 or num_tiles <= _MAX_TILES
     planes = planes and num_splits > 1 and bias is None and out is None

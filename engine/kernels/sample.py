@@ -527,8 +527,9 @@ def check_kernel(
                     log_sum = tl.load(log_sums + row)
                     _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, log_sum)
                     pivot = tl.load(own + token).to(tl.float32)
-                    bounds_of_parts = tl.load(most + row * MAX_PARTS + parts)  # above a higher pivot they hold, too
-                    tl.store(slack + row, tl.sum(bounds_of_parts, axis=0) - _NEAR * tl.load(limits + row))
+                    # What holds above one pivot holds above a higher one.
+                    bound = tl.sum(tl.load(most + row * MAX_PARTS + parts), axis=0)
+                    tl.store(slack + row, bound - _NEAR * tl.load(limits + row))
                     _queue(row, pivot, pivots, queues, counts, stage + 1, num_rows)
 
 

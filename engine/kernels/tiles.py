@@ -203,14 +203,14 @@ def tiles_for(
     return DIGITS_INT8_SM90 if dtype == torch.int8 else DIGITS_FP8_SM90
 
 
-def one_wave(rows: int, width: int, num_sms: int) -> bool:
-    """Whether the SMs take a product of so many rows by bulk tiles at once, none of them two."""
-    return -(-rows // 128) * -(-width // 64) <= num_sms
+def count_tiles(rows: int, width: int, block_m: int, block_n: int) -> int:
+    """Of out[rows, width]."""
+    return -(-rows // block_m) * -(-width // block_n)
 
 
 def choose_tile(tiles: Tiles, rows: int, width: int, num_sms: int) -> Tile:
     candidates = next(c for max_rows, c in tiles if rows <= max_rows)
-    one_wave = (t for t in candidates if triton.cdiv(rows, t.block_m) * triton.cdiv(width, t.block_n) <= num_sms)
+    one_wave = (t for t in candidates if count_tiles(rows, width, t.block_m, t.block_n) <= num_sms)
     return next(one_wave, candidates[-1])
 
 
@@ -219,7 +219,7 @@ def choose_gated(rows: int, width: int, num_sms: int) -> GatedTile | None:
     """For out[rows, width] of many tokens, by `gated_hopper.py`; None: the library multiplies."""
     shares = {}
     for tile in GATED:
-        turns = triton.cdiv(triton.cdiv(rows, tile.height) * triton.cdiv(width, tile.width), num_sms)
+        turns = triton.cdiv(count_tiles(rows, width, tile.height, tile.width), num_sms)
         shares[tile] = rows * width / (turns * num_sms * tile.height * tile.width)
     two, three = GATED
     best = three if shares[three] * _THREE >= shares[two] else two
@@ -236,7 +236,7 @@ def one_turn(rows: int, width: int, num_sms: int) -> GatedTile | None:
     fitting = [
         tile
         for tile in ONE_TURN
-        if triton.cdiv(rows, tile.height) * triton.cdiv(width, tile.width) <= num_sms
+        if count_tiles(rows, width, tile.height, tile.width) <= num_sms
         and rows * width >= _MIN_TURN * num_sms * tile.height * tile.width
     ]
     return min(fitting, key=lambda tile: tile.height + 2 * tile.width, default=None)

@@ -118,9 +118,9 @@ def valid(key: str, numbers: object) -> bool:
     )
 
 
-def choice(kind: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...] | None:
-    """The table's for x[M, K] by weight[N, K], both in 16 bits; None where it has none."""
-    return choices(x.device).get(product_key(kind, weight.dtype, x.shape[0], *weight.shape))
+def choice(kind: str, x: torch.Tensor, weight: torch.Tensor, *, group_size: int = 0) -> tuple[int, ...] | None:
+    """The table's for x[M, K] by weight[N, K]; None where it has none."""
+    return choices(x.device).get(product_key(kind, weight.dtype, x.shape[0], *weight.shape, group_size=group_size))
 
 
 def tile(numbers: tuple[int, ...]) -> tuple[Tile, int]:
