@@ -2,7 +2,7 @@
 
 One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles; gate and up in 16 bits of
 more than 64 through `gated_hopper.py`. They need rows of whole 16 bytes. 16 bits of more rows go to the library, and
-from FEW_ROWS on where the SMs would take turns at bulk tiles. What remains, and the other chips, is told here. From two
+past FEW_ROWS where the SMs would take turns at bulk tiles. What remains, and the other chips, is told here. From two
 rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
