@@ -10,7 +10,8 @@ For each shape of matrix, and each range of rows that the engine's kernels take:
 any chip and that fits this one, for few rows smaller ones, and where the chip has them bulk tiles with all the buffers
 that there is room for; each with one and more parts of the inputs; for 16-bit weights the library, too. All are
 compiled first, by a process for each core. Then they are timed: random weights of a few hundred MB in turn, so that
-none stays in the cache, and a CUDA graph of all of them. A choice is written where it beats the kernels' own rules by
+none stays in the cache, and a CUDA graph of all of them. What a layer adds to its input is timed with the norm that
+adds it, and the parts of the inputs where they are cut. A choice is written where it beats the kernels' own rules by
 more than 2 %. Some minutes for everything. See `engine/kernels/tuned.py`.
 """
 
@@ -56,13 +57,16 @@ Clock = Callable[[Product, list[Tensor]], float]  # seconds of a product, in tur
 
 @dataclass(frozen=True)
 class Case:
-    """What one entry of a table is for. dtype: the weights'. rows: as they are multiplied."""
+    """What one entry of a table is for. dtype: the weights'. rows: as they are multiplied. added: to a layer's input,
+    by the norm that follows.
+    """
 
     kind: str  # one of KINDS
     dtype: torch.dtype
     rows: int
     width: int
     depth: int
+    added: bool = False
 
     @property
     def group_size(self) -> int:
@@ -105,14 +109,13 @@ def main(args: argparse.Namespace) -> None:
     config = load_model_config(args.model)
     names = {f"{width}x{depth}": (width, depth) for width, depth in matrices(config)}
     shapes = [names[name] for name in restricted("--shapes", args.shapes, list(names))]
-    gate_up = 2 * config.intermediate_size, config.hidden_size
     torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
     path = Path(args.out) if args.out else tuned.table_path(gpu)
     kept = tuned.read(path, gpu) if path.exists() else {}
     tuned.choices(device).clear()  # what the rules alone choose is what a choice must beat
     found = dict(kept)
-    chosen = list(cases(shapes, kinds, rows, device, gate_up))
+    chosen = list(cases(shapes, kinds, rows, device, config.hidden_size, config.intermediate_size))
     compile_all(chosen, device)
     import triton
 
@@ -148,16 +151,18 @@ def cases(
     kinds: list[str],
     rows: Iterable[int],
     device: torch.device,
-    gate_up: tuple[int, int] | None = None,
+    hidden: int = 0,
+    intermediate: int = 0,
 ) -> Iterator[Case]:
-    """Those of one shape and dtype together. gate_up: the shape whose product is gated."""
+    """Those of one shape and dtype together. hidden, intermediate: the model's, which say what is gated and added."""
+    gate_up = 2 * intermediate, hidden
     for width, depth in shapes:
         for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
             for kind in ("gemv", "gemv-g128") if dtype == torch.int8 else ("gemv",):
                 if kind in kinds and dtype != torch.float8_e4m3fn:  # as many bytes as INT8, and the same key
                     yield Case(kind, dtype, 1, width, depth)
             for kind, most in itertools.product(kinds, rows):
-                case = Case(kind, dtype, most, width, depth)
+                case = Case(kind, dtype, most, width, depth, added=width == hidden)
                 if not case.one_row and (kind != "gated" or (width, depth) == gate_up) and _multiplies(case, device):
                     yield case
 
@@ -223,11 +228,22 @@ def product_of(case: Case, device: torch.device) -> Product:
         row = _random(1, case.depth, torch.bfloat16, device)
         return lambda weight: gemv(row, weight, scale, None, case.group_size, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
+    x_scale = torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
+    dtype, group = out.dtype, case.group_size
+    if case.added:
+        gain = out.new_ones(case.width)
+
+        def added(weight: Tensor) -> object:
+            if wide:
+                product = linear(x, weight, planes=True)
+            else:
+                product = multiply(x, x_scale, weight, scale, None, dtype, group, planes=True)
+            return kernels.add_rms_norm(product, out, gain, 1e-6)
+
+        return added
     if wide:
         return (lambda weight: kernels.gated(x, weight)) if gated else (lambda weight: linear(x, weight, out=out))
-    x_scale = torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
-    group = case.group_size
-    return lambda weight: multiply(x, x_scale, weight, scale, None, out.dtype, group, out=out, gated=gated)
+    return lambda weight: multiply(x, x_scale, weight, scale, None, dtype, group, out=out, gated=gated)
 
 
 def choices_of(case: Case, device: torch.device) -> list[Choice]:
@@ -316,7 +332,7 @@ def compile_all(chosen: Iterable[Case], device: torch.device) -> None:
     for case in chosen:
         for choice in filter(None, choices_of(case, device)):
             shape: object = (case.width, case.depth) if case.one_row else (case.depth % choice[2] == 0)
-            tile = choice if case.one_row else choice[:6]
+            tile = choice if case.one_row else (*choice[:6], case.added and choice[6] > 1)
             if case.group_size:  # which kernel it is depends on how many groups a program has
                 shape, tile = case.depth, choice
             versions.setdefault((case.kind, case.dtype, shape, tile), (case, choice))

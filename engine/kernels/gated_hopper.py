@@ -4,18 +4,19 @@ The library writes 2I values a token and silu reads them, almost a third of what
 memory. Here out[M, I] = silu(x @ gate.T) * (x @ up.T) leaves the program that multiplies.
 
 One program an SM walks tiles of 64 GROUPS tokens by MAIN + SIDE columns. A warp fetches x and both weights, as far
-ahead as there are buffers, also past the end of a tile; EARLY, the first weights before it waits for the kernel that
-makes x. GROUPS groups of four warps multiply 64 tokens each by the rows of gate and of up side by side, as one product
-of 2 MAIN columns: a thread then has gate and up of the same column. A group can be ahead of the others by as many steps
-as there are buffers, and then takes its exponentials while they multiply.
+ahead as there are buffers, also past the end of a tile. GROUPS groups of four warps multiply 64 tokens each by the rows
+of gate and of up side by side, as one product of 2 MAIN columns: a thread then has gate and up of the same column. A
+group can be ahead of the others by as many steps as there are buffers, and then takes its exponentials while they
+multiply.
 
 Prefill: 128 columns. Three groups fetch least for what they multiply, 192 + 256 rows for 192 x 256 sums; two leave less
 of the last tiles of some batches empty. What a tile has past an edge is fetched as zeros, or as another's, and is not
 stored. Tiles go in bands of tokens, so that those which run together share rows and weights in L2.
 
-Decode of 65 to 256 sequences: as many columns as give each SM one tile and leave few without, 128 tiles of 128 x 96 for
-the 256 x 6,144 of Qwen3-1.7B. Sides of Triton's tensors are powers of two, so these are a product of MAIN columns and
-one of SIDE in each step, with sums of their own.
+Decode of 65 to 256 sequences, ONE_TURN: as many columns as give each SM one tile and leave few without, 128 tiles of
+128 x 96 for the 256 x 6,144 of Qwen3-1.7B. Sides of Triton's tensors are powers of two, so these are a product of MAIN
+columns and one of SIDE in each step, with sums of their own. The first weights are fetched before the wait for the
+kernel that makes x, and a group leaves its result where its tokens were: in 227 KiB, the room of one buffer more.
 """
 
 # Gluon is untyped: a jitted function has no Python types.
@@ -78,7 +79,7 @@ def _fetch(
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     BAND: gl.constexpr,
-    EARLY: gl.constexpr,
+    ONE_TURN: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """The warp that fetches."""
@@ -89,7 +90,7 @@ def _fetch(
     weights = (w_desc, s_desc, w_pieces, s_pieces)
     BYTES: gl.constexpr = (GROUPS * _ROWS + 2 * (MAIN + SIDE)) * _DEPTH * 2
     early = 0  # so many steps have asked for their weights already
-    if EARLY:
+    if ONE_TURN:
         _, n = _place(gl.program_id(0), num_m, num_n, BAND)
         for i in gl.static_range(STAGES):
             _fetch_weights(weights, full, i, n, i * _DEPTH, width, i < num_steps, MAIN, SIDE, BYTES)
@@ -106,8 +107,19 @@ def _fetch(
             early -= 1
             for i in gl.static_range(GROUPS):
                 row = (m * GROUPS + i) * _ROWS
-                tma.async_copy_global_to_shared(x_desc, [row, k], full.index(slot), x_bufs.index(slot * GROUPS + i))
+                tma.async_copy_global_to_shared(x_desc, [row, k], full.index(slot), x_bufs[i].index(slot))
             slot, phase = following(slot, phase, STAGES)
+
+
+@gluon.jit
+def _rows_and_out(x_desc, out_desc, MAIN: gl.constexpr, STAGES: gl.constexpr, ONE_TURN: gl.constexpr):
+    """Buffers of one group: of its tokens, and of its result."""
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, _ROWS, _DEPTH], x_desc.layout)
+    if ONE_TURN:
+        out_buf = x_bufs._reinterpret(x_desc.dtype, [_ROWS, MAIN], out_desc.layout)
+    else:
+        out_buf = gl.allocate_shared_memory(x_desc.dtype, [_ROWS, MAIN], out_desc.layout)
+    return x_bufs, out_buf
 
 
 @gluon.jit
@@ -142,7 +154,7 @@ def _multiply(
     SIDES: gl.constexpr = 2 * SIDE if SIDE else 16
     SIDE_ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDES, 16])
     dtype: gl.constexpr = out_desc.dtype
-    out_buf = out_bufs.index(GROUP)
+    out_buf = out_bufs[GROUP]
     slot, phase, before = 0, 0, 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         m, n = _place(tile, num_m, num_n, BAND)
@@ -150,7 +162,7 @@ def _multiply(
         side = gl.zeros([_ROWS, SIDES], gl.float32, SIDE_ACC)
         for step in range(num_steps):
             mbarrier.wait(full.index(slot), phase)
-            x = x_bufs.index(slot * GROUPS + GROUP)
+            x = x_bufs[GROUP].index(slot)
             running = warpgroup_mma(x, w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
             if SIDE:
                 running_side = warpgroup_mma(x, s_bufs.index(slot).permute((1, 0)), side, is_async=True)
@@ -197,20 +209,23 @@ def gated_hopper_kernel(
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     BAND: gl.constexpr,
-    EARLY: gl.constexpr,
+    ONE_TURN: gl.constexpr,
     PDL: gl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
     dtype: gl.constexpr = out_desc.dtype
-    x_bufs = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, _ROWS, _DEPTH], x_desc.layout)
+    x0, out0 = _rows_and_out(x_desc, out_desc, MAIN, STAGES, ONE_TURN)
+    x1, out1 = _rows_and_out(x_desc, out_desc, MAIN, STAGES, ONE_TURN)
+    x2, out2 = x1, out1
+    if GROUPS == 3:
+        x2, out2 = _rows_and_out(x_desc, out_desc, MAIN, STAGES, ONE_TURN)
     w_pieces = gl.allocate_shared_memory(dtype, [STAGES * 2, MAIN, _DEPTH], w_desc.layout)
     w_bufs = w_pieces._reinterpret(dtype, [STAGES, 2 * MAIN, _DEPTH], w_desc.layout)
     s_pieces, s_bufs = w_pieces, w_bufs
     if SIDE:
         s_pieces = gl.allocate_shared_memory(dtype, [STAGES * 2, SIDE, _DEPTH], s_desc.layout)
         s_bufs = s_pieces._reinterpret(dtype, [STAGES, 2 * SIDE, _DEPTH], s_desc.layout)
-    out_bufs = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, MAIN], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -218,14 +233,15 @@ def gated_hopper_kernel(
         mbarrier.init(empty.index(i), count=GROUPS)
     fence_async_shared()
     barriers, sizes = (full, empty), (num_m, num_n, num_steps, width)
-    buffers, out_descs = (x_bufs, w_bufs, s_bufs, out_bufs), (out_desc, side_desc)
+    x_bufs, out_descs = (x0, x1, x2), (out_desc, side_desc)
+    buffers = (x_bufs, w_bufs, s_bufs, (out0, out1, out2))
     descs, pieces = (x_desc, w_desc, s_desc), (x_bufs, w_pieces, s_pieces)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiply, (out_descs, buffers, barriers, sizes, 0, MAIN, SIDE, GROUPS, STAGES, BAND)),
                 (_multiply, (out_descs, buffers, barriers, sizes, 1, MAIN, SIDE, GROUPS, STAGES, BAND)),
-                (_fetch, (descs, pieces, barriers, sizes, MAIN, SIDE, GROUPS, STAGES, BAND, EARLY, PDL)),
+                (_fetch, (descs, pieces, barriers, sizes, MAIN, SIDE, GROUPS, STAGES, BAND, ONE_TURN, PDL)),
             ],
             [4, 1],
             [232, 40],  # registers of a thread; the first group has the same 232, three times 168 are there
@@ -236,23 +252,25 @@ def gated_hopper_kernel(
                 (_multiply, (out_descs, buffers, barriers, sizes, 0, MAIN, SIDE, GROUPS, STAGES, BAND)),
                 (_multiply, (out_descs, buffers, barriers, sizes, 1, MAIN, SIDE, GROUPS, STAGES, BAND)),
                 (_multiply, (out_descs, buffers, barriers, sizes, 2, MAIN, SIDE, GROUPS, STAGES, BAND)),
-                (_fetch, (descs, pieces, barriers, sizes, MAIN, SIDE, GROUPS, STAGES, BAND, EARLY, PDL)),
+                (_fetch, (descs, pieces, barriers, sizes, MAIN, SIDE, GROUPS, STAGES, BAND, ONE_TURN, PDL)),
             ],
             [4, 4, 1],
             [160, 160, 32],  # four times 128
         )
 
 
-def launch(x: Tensor, weight: Tensor, tile: GatedTile, early: bool = False) -> Tensor:
-    """silu(gate) * up of x[M, K] by weight[2I, K] in x's dtype, in rows of whole 16 bytes -> [M, I]. early: no kernel
-    of the step writes the weights.
+def launch(x: Tensor, weight: Tensor, tile: GatedTile, one_turn: bool = False) -> Tensor:
+    """silu(gate) * up of x[M, K] by weight[2I, K] in x's dtype, in rows of whole 16 bytes -> [M, I]. one_turn: there
+    are no more tiles than SMs, and no kernel of the step writes the weights.
     """
     (rows, depth), width = x.shape, weight.shape[0] // 2
     out = empty_rows(x, rows, width)
     num_m, num_n = triton.cdiv(rows, tile.height), triton.cdiv(width, tile.width)
-    room = SHARED - tile.height * tile.main * x.itemsize
+    num_sms = chip.num_sms(x.device)
+    assert not one_turn or num_m * num_n <= num_sms
+    room = SHARED - (0 if one_turn else tile.height * tile.main * x.itemsize)
     w_desc, out_desc = descriptor(weight, tile.main, _DEPTH.value), descriptor(out, _ROWS.value, tile.main)
-    gated_hopper_kernel[(min(num_m * num_n, chip.num_sms(x.device)),)](
+    gated_hopper_kernel[(min(num_m * num_n, num_sms),)](
         descriptor(x, _ROWS.value, _DEPTH.value, height_of(x, tile.height)),
         w_desc,
         descriptor(weight, tile.side, _DEPTH.value) if tile.side else w_desc,
@@ -267,7 +285,7 @@ def launch(x: Tensor, weight: Tensor, tile: GatedTile, early: bool = False) -> T
         GROUPS=tile.groups,
         STAGES=min(8, room // ((tile.height + 2 * tile.width) * _DEPTH.value * x.itemsize)),
         BAND=_BANDS[tile.groups],
-        EARLY=early,
+        ONE_TURN=one_turn,
         num_warps=4,
         **chip.dependent_launch(x.device),
     )

@@ -2,8 +2,8 @@
 
 One row goes through `gemv.py`, 2 to 256 rows on sm_90 through `hopper_matmul.py`: bulk tiles; gate and up in 16 bits of
 more than 64 through `gated_hopper.py`. They need rows of whole 16 bytes. 16 bits of more rows go to the library, and
-past FEW_ROWS where the SMs would take turns at bulk tiles. What remains, and the other chips, is told here. From two
-rows on:
+past FEW_ROWS where the SMs would take turns at bulk tiles, or out is narrow and inputs are many. What remains, and the
+other chips, is told here. From two rows on:
 
 8 bits by 8 bits goes to the 8-bit tensor cores. 8-bit weights with 16-bit activations do too, up to DIGIT_ROWS: each
 token is written in two 8-bit digits (`convert.split_tokens`), which are two rows of one product, added up at its end.
@@ -60,6 +60,7 @@ PLAIN_ROWS = 32  # up to so many rows, 16-bit weights go through our kernels and
 PLAIN_WIDTH = 65536  # outputs of these at most: for a head of 151,936 the library is within 6 % of the copy rate
 BULK_ROWS = 256  # up to so many rows products take bulk tiles where there are any
 FEW_ROWS = 128  # of more, in 16 bits, the library multiplies where SMs would take turns at bulk tiles, and gate and up
+DEEP = 2  # as many inputs as outputs, and past FEW_ROWS the library multiplies, in two planes where it may
 ONE_TURN_ROWS = 64  # from more rows on, gate and up in 16 bits take one program an SM: `tiles.one_turn`
 GATED_DIGIT_ROWS = 32  # up to so many, tokens in two digits are gated where they are multiplied: more gain nothing
 EARLY_ROWS = 32  # tiles of so many rows at most fetch weights before they wait for the kernel that makes the rows
@@ -234,10 +235,22 @@ def linear(
     ours = 1 < rows <= BULK_ROWS and width <= PLAIN_WIDTH and x.is_contiguous() and x.itemsize == 2
     ours = ours and (rows <= PLAIN_ROWS or _bulk(x, weight, width))
     found = tuned.choice("plain", x, weight) if ours else tuned.NOT_OURS
-    fits = rows <= FEW_ROWS or count_tiles(rows, width, 128, 64) <= chip.num_sms(x.device)
+    deep = ours and rows > FEW_ROWS and x.shape[1] >= DEEP * width
+    fits = rows <= FEW_ROWS or (not deep and count_tiles(rows, width, 128, 64) <= chip.num_sms(x.device))
     if found or (found is None and fits):
         return multiply(x, None, weight, None, bias, x.dtype, 0, out=out, planes=planes)
+    if deep and planes and bias is None and out is None and x.shape[1] % 16 == 0:
+        return _halves(x, weight)
     return _by_library(x, weight, bias, out)
+
+
+def _halves(x: Tensor, weight: Tensor) -> Tensor:
+    """The library's products of either half of the inputs, at once -> [2, M, N] fp32. It would cut them itself, and
+    launch a kernel to add the parts.
+    """
+    depth = x.shape[1] // 2
+    halves = x.view(-1, 2, depth).transpose(0, 1)
+    return torch.bmm(halves, weight.view(-1, 2, depth).permute(1, 2, 0), out_dtype=torch.float32)
 
 
 def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -269,7 +282,7 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None, group_size: in
         weight = dequantize(weight, scale, group_size, x.dtype)
     from engine.kernels import gated_hopper
 
-    return gated_hopper.launch(x, weight, tile, early=rows <= BULK_ROWS)
+    return gated_hopper.launch(x, weight, tile, one_turn=rows <= BULK_ROWS)
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:

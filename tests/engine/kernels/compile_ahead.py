@@ -96,7 +96,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             assert kernel.asm["sass"].count("STL") <= 2, "the sums of a tile stay in registers"
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             asked = before.count("cp.async.bulk.tensor.2d.shared")
-            assert asked == kwargs["EARLY"] * kwargs["STAGES"] * (4 if kwargs["SIDE"] else 2), asked
+            assert asked == kwargs["ONE_TURN"] * kwargs["STAGES"] * (4 if kwargs["SIDE"] else 2), asked
         if self is decode_attention.decode_kernel and kwargs["PDL"]:
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             assert "ld.global" in before, "the plan is fetched early"
@@ -238,7 +238,7 @@ def multiply_in_bulk(matrix: torch.Tensor) -> None:
     assert matmul.gated(x, matrix) is not None
     matmul.warm_up(x.device, x.dtype)
     for gated_tile in ONE_TURN:
-        gated_hopper.launch(x, matrix, gated_tile, early=True)
+        gated_hopper.launch(x, matrix[:64], gated_tile, one_turn=True)
     for tile in (some[0] for _, some in PLAIN_BULK):
         matmul.multiply(x, None, matrix, None, bias, x.dtype, 0, tile)
     for tile in (some[0] for _, some in GATED_BULK):

@@ -285,3 +285,22 @@ def test_tuning_runs_every_choice_and_keeps_the_fastest(monkeypatch):
     for case in tune.cases([(300, 64)], ["gemv", "w8a8"], [16], cpu):
         tune.compile_one(case, tune.choices_of(case, cpu)[-1], cpu)
     assert table == {}
+
+
+def test_what_a_layer_adds_is_tuned_with_the_norm_that_adds_it(monkeypatch):
+    """Its parts, too: a choice that cuts the inputs leaves them in planes."""
+    monkeypatch.setattr(tune, "STREAMED", 1)
+    cpu, seen = torch.device("cpu"), []
+    real = tune.kernels.add_rms_norm
+    monkeypatch.setattr(tune.kernels, "add_rms_norm", lambda x, *rest: seen.append(x.dim()) or real(x, *rest))
+    monkeypatch.setattr(tune, "choices_of", lambda case, device: [(16, 64, 32, 4, 3, 1, splits) for splits in (1, 2)])
+    cases = list(tune.cases([(48, 4096)], ["w8a8", "digits"], [16], cpu, hidden=48))
+    assert [case.added for case in cases] == [True] * len(cases)
+
+    def clock(product, weights):
+        normed, total = product(weights[0])
+        assert normed.shape == total.shape == (cases[0].tokens, 48)
+        return 1.0
+
+    list(tune.tune(cases[:1], cpu, clock))
+    assert seen == [2, 2, 3]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import Codes, Quantised, convert, matmul, reference
-from engine.kernels.tiles import GATED, ONE_TURN, GatedTile, Tile
+from engine.kernels import Codes, Quantised, chip, convert, matmul, reference
+from engine.kernels.tiles import GATED, ONE_TURN, GatedTile, Tile, count_tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -332,7 +332,15 @@ def test_a_gated_product_is_that_of_the_two_kernels(model, num_rows):
 @pytest.mark.parametrize("tile", dict.fromkeys((*GATED, *ONE_TURN)), ids=str)
 @pytest.mark.parametrize(
     ("num_rows", "inputs", "width"),
-    [(1, 2048, 6144), (257, 2048, 6144), (3001, 2048, 6144), (2000, 1536, 8960), (700, 1000, 200), (65, 72, 8)],
+    [
+        (1, 2048, 6144),
+        (200, 2048, 2048),
+        (257, 2048, 6144),
+        (3001, 2048, 6144),
+        (2000, 1536, 8960),
+        (700, 1000, 200),
+        (65, 72, 8),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gated_product_of_many_rows_is_that_of_the_two_kernels(
@@ -344,8 +352,9 @@ def test_a_gated_product_of_many_rows_is_that_of_the_two_kernels(
     x = torch.randn(num_rows, inputs, device="cuda").to(dtype)
     weight = torch.randn(2 * width, inputs, device="cuda").to(dtype) / 40
     apart = kernels.silu_mul(matmul.multiply(x, None, weight, None, None, dtype, 0, bulk(64, 64, 64, 4, 3), 1))
-    for early in (False, True):
-        assert torch.equal(without_waiting(gated_hopper.launch, x, weight, tile, early), apart)
+    assert torch.equal(without_waiting(gated_hopper.launch, x, weight, tile), apart)
+    if count_tiles(num_rows, width, tile.height, tile.width) <= chip.num_sms(x.device):
+        assert torch.equal(without_waiting(gated_hopper.launch, x, weight, tile, True), apart)
 
 
 @needs_bulk
@@ -447,6 +456,25 @@ def test_planes_of_bulk_tiles_add_up_to_the_product(num_rows: int, tile: Tile, s
 
 
 @needs_bulk
+@pytest.mark.parametrize("num_rows", [129, 200, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_many_inputs_the_library_leaves_two_planes(dtype: torch.dtype, num_rows: int) -> None:
+    """To the norm alone, and of up to 256 rows."""
+    n, k = 1000, 2016
+    x = torch.randn(num_rows, k, device="cuda").to(dtype)
+    weight, bias = torch.randn(n, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    planes = without_waiting(partial(kernels.linear, x, weight, planes=True))
+    assert planes.shape == (2, num_rows, n) and planes.dtype == torch.float32
+    expected = x.float() @ weight.float().t()
+    close(planes.sum(0).to(dtype), expected)
+    close(kernels.linear(x, weight), expected)
+    close(kernels.linear(x, weight, bias, planes=True), expected + bias.float())
+    assert kernels.linear(x, weight, out=torch.empty_like(x[:, :n].contiguous()), planes=True).shape == (num_rows, n)
+    assert kernels.linear(x.repeat(3, 1), weight, planes=True).shape == (3 * num_rows, n)
+    assert kernels.linear(x[:, :2008].contiguous(), weight[:, :2008].contiguous(), planes=True).dim() == 2
+
+
+@needs_bulk
 @pytest.mark.parametrize("num_rows", [2, 33, 100])
 @pytest.mark.parametrize("group", [64, 128, 256, 512])
 @pytest.mark.parametrize(("n", "k"), [(8, 64), (72, 208), (520, 1104), (1024, 896)])
@@ -523,7 +551,8 @@ def test_a_chain_of_bulk_tiles_is_that_of_products_one_by_one(num_rows):
     what they give with the device idle between them, replayed many times on other rows.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling would keep them apart
-    up, down = (torch.randn(n, k, device="cuda").bfloat16() / 40 for n, k in ((4096, 2048), (2048, 2048)))
+    shapes = ((4096, 2048), (2048, 2048), (8192, 2048), (2048, 4096))
+    up, down, wide, deep = (torch.randn(shape, device="cuda").bfloat16() / 40 for shape in shapes)
     gain, x = torch.rand(2048, device="cuda").bfloat16(), torch.randn(num_rows, 2048, device="cuda").bfloat16()
     residual = torch.randn(num_rows, 2048, device="cuda").bfloat16()
     steps = [
@@ -531,6 +560,9 @@ def test_a_chain_of_bulk_tiles_is_that_of_products_one_by_one(num_rows):
         lambda t: kernels.linear(t, down),
         lambda t: kernels.rms_norm(t, gain, 1e-6),
         lambda t: kernels.linear(t, down, planes=True),
+        lambda t: kernels.add_rms_norm(t, residual, gain, 1e-6)[0],
+        lambda t: kernels.gated(t, wide),
+        lambda t: kernels.linear(t, deep, planes=True),
         lambda t: kernels.add_rms_norm(t, residual, gain, 1e-6)[0],
     ]
     check_chain(steps, x)

@@ -152,7 +152,9 @@ def test_bulk_tiles_are_tried_that_fit(shape: tuple[int, int], monkeypatch: pyte
     grouped = {c.key for c in tune.cases([shape], ["w8a8-g128", "digits-g128"], [512], cpu)}
     size = f"{shape[0]}x{shape[1]}"
     assert grouped == {f"digits-g128/{dtype}/512/{size}" for dtype in ("int8", "float8_e4m3fn")}
-    kinds = [c.kind for c in tune.cases([shape], ["plain", "gated"], [16, 256, 512], cpu, (12288, 2048))]
+    of_a_model = list(tune.cases([shape], ["plain", "gated"], [16, 256, 512], cpu, 2048, 6144))
+    kinds = [c.kind for c in of_a_model]
+    assert all(c.added == (shape[0] == 2048) for c in of_a_model)
     assert kinds.count("plain") == 2 and kinds.count("gated") == 3 * 2 * (shape == (12288, 2048))
 
 
@@ -193,6 +195,9 @@ def test_of_more_than_128_rows_the_library_multiplies_what_takes_turns(monkeypat
     assert matmul.linear(x, wide) == "the library's"
     table["plain/bfloat16/256/4288x64"] = table["gated/bfloat16/256/60000x64"] = (128, 64, 64, 4, 4, 2, 1)
     assert matmul.linear(x, wide) == "ours"
+    deep = torch.zeros(64, 128).bfloat16()
+    assert matmul.linear(x.view(100, 128), deep) == "ours"
+    assert matmul.linear(x.view(100, 128).repeat(2, 1), deep) == "the library's"
     very_wide = torch.zeros(60000, 64).bfloat16()
     assert matmul.gated(x, very_wide) == matmul.gated(x[:128], very_wide) == "ours"
     del table["gated/bfloat16/256/60000x64"]
