@@ -20,6 +20,7 @@ from engine.kernels import chip
 from engine.kernels.tiles import empty_rows
 
 _SILU_BLOCK = 1024
+FEW_TOKENS = 256  # of up to so many a norm takes as long as one program does, of more as long as memory does
 
 
 @triton.jit
@@ -118,6 +119,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def few_warps(block: int) -> int:
+    """Of a norm of few tokens of `block` values: a thread has four of each operand, 16 bytes of fp32 planes."""
+    return min(max(block // 128, 1), 16)
+
+
 def check_rows(x: Tensor) -> None:
     assert x.dim() == 2 and x.is_contiguous()
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
@@ -136,7 +142,7 @@ def _launch_norm(
     num_tokens, width = residual.shape
     if num_tokens:
         block = triton.next_power_of_2(width)
-        warps = min(max(block // 512, 1), 8)
+        warps = few_warps(block) if 1 < num_tokens <= FEW_TOKENS else min(max(block // 512, 1), 8)
         rms_norm_kernel[(num_tokens,)](
             x,
             residual,

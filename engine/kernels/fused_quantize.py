@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import Codes, Quantised, chip
 from engine.kernels.convert import cut, empty_codes, smooths, store_codes
-from engine.kernels.fused import add_planes, check_added, check_rows
+from engine.kernels.fused import FEW_TOKENS, add_planes, check_added, check_rows, few_warps
 
 _CHUNK = 2048  # values of a token that silu takes at a time
 
@@ -157,6 +157,7 @@ def _norm(
     qdata, scale = empty_codes(residual, width, codes)
     if num_tokens:
         parts, span, warps = cut(width, codes.group_size)
+        warps = few_warps(parts * span) if num_tokens <= FEW_TOKENS else warps
         norm_quantize_kernel[(num_tokens,)](
             x,
             residual,
