@@ -98,8 +98,7 @@ def widen_pairs(pair, KIND: tl.constexpr, FAST: tl.constexpr):
     if FAST:
         e4m3: tl.constexpr = _E4M3_PAIRS_SM89 if cuda_capability_geq(8, 9) else _E4M3_PAIRS_SM80
         asm: tl.constexpr = _INT8_PAIRS if KIND == "int8" else e4m3
-        types: tl.constexpr = (tl.float16, tl.float16)
-        return tl.inline_asm_elementwise(asm, "=r,=r,r", [pair], dtype=types, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
     return widen(pair.to(tl.int8), KIND, False), widen((pair >> 8).to(tl.int8), KIND, False)
 
 
