@@ -187,6 +187,7 @@ def test_of_more_than_128_rows_the_library_multiplies_what_takes_turns(monkeypat
     monkeypatch.setattr(tuned, "choices", lambda device: table)
     monkeypatch.setattr(matmul, "multiply", lambda *rest, **more: "ours")
     monkeypatch.setattr(matmul, "_by_library", lambda *rest: "the library's")
+    monkeypatch.setattr(matmul, "_halves", lambda *rest: "its halves")
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
     monkeypatch.setattr(chip, "num_sms", lambda device: 132)
     narrow, wide = torch.zeros(66 * 64, 64).bfloat16(), torch.zeros(67 * 64, 64).bfloat16()
@@ -197,7 +198,10 @@ def test_of_more_than_128_rows_the_library_multiplies_what_takes_turns(monkeypat
     assert matmul.linear(x, wide) == "ours"
     deep = torch.zeros(64, 128).bfloat16()
     assert matmul.linear(x.view(100, 128), deep) == "ours"
-    assert matmul.linear(x.view(100, 128).repeat(2, 1), deep) == "the library's"
+    many = x.view(100, 128).repeat(2, 1)
+    assert matmul.linear(many, deep) == matmul.linear(many, deep, many[0], planes=True) == "the library's"
+    assert matmul.linear(many, deep, planes=True) == "its halves"
+    assert matmul.linear(many.repeat(2, 1), deep, planes=True) == "the library's"
     very_wide = torch.zeros(60000, 64).bfloat16()
     assert matmul.gated(x, very_wide) == matmul.gated(x[:128], very_wide) == "ours"
     del table["gated/bfloat16/256/60000x64"]
