@@ -229,21 +229,15 @@ def product_of(case: Case, device: torch.device) -> Product:
         return lambda weight: gemv(row, weight, scale, None, case.group_size, out=out)
     x = _random(case.rows, case.depth, case.dtype, device)
     x_scale = torch.ones(case.tokens, 1 if case.tokens < case.rows else groups, device=device)
-    dtype, group = out.dtype, case.group_size
-    if case.added:
-        gain = out.new_ones(case.width)
+    to, gain = None if case.added else out, out.new_ones(width)
 
-        def added(weight: Tensor) -> object:
-            if wide:
-                product = linear(x, weight, planes=True)
-            else:
-                product = multiply(x, x_scale, weight, scale, None, dtype, group, planes=True)
-            return kernels.add_rms_norm(product, out, gain, 1e-6)
+    def product(weight: Tensor) -> Tensor:
+        if wide:
+            return kernels.gated(x, weight) if gated else linear(x, weight, out=to, planes=case.added)
+        operands = x, x_scale, weight, scale, None
+        return multiply(*operands, out.dtype, case.group_size, out=to, gated=gated, planes=case.added)
 
-        return added
-    if wide:
-        return (lambda weight: kernels.gated(x, weight)) if gated else (lambda weight: linear(x, weight, out=out))
-    return lambda weight: multiply(x, x_scale, weight, scale, None, dtype, group, out=out, gated=gated)
+    return (lambda weight: kernels.add_rms_norm(product(weight), out, gain, 1e-6)) if case.added else product
 
 
 def choices_of(case: Case, device: torch.device) -> list[Choice]:

@@ -347,7 +347,7 @@ def linear(
     """x[M, K] @ weight[N, K].T + bias[N] -> [M, N], all in one dtype. On a GPU only the few-row products are ours.
 
     out: [M, N], contiguous; where it is given, the result is written there. planes: the result goes to `add_rms_norm`,
-    and where a kernel cuts the inputs in S > 1 parts it may be their sums, [S, M, N] fp32, not yet added up.
+    and where the inputs are cut in S > 1 parts it may be their sums, [S, M, N] fp32, not yet added up.
     """
     if x.is_cuda:
         from engine.kernels import matmul

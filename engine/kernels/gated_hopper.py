@@ -113,7 +113,7 @@ def _fetch(
 
 @gluon.jit
 def _rows_and_out(x_desc, out_desc, MAIN: gl.constexpr, STAGES: gl.constexpr, ONE_TURN: gl.constexpr):
-    """Buffers of one group: of its tokens, and of its result."""
+    """Buffers of one group: of its tokens, and of its result, which in one turn is where they were."""
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, _ROWS, _DEPTH], x_desc.layout)
     if ONE_TURN:
         out_buf = x_bufs._reinterpret(x_desc.dtype, [_ROWS, MAIN], out_desc.layout)
