@@ -24,15 +24,19 @@ FEW_TOKENS = 256  # of up to so many a norm takes as long as one program does, o
 
 
 @triton.jit
-def add_planes(x, offset, mask, plane, PLANES: tl.constexpr, dtype: tl.constexpr):
-    """x[PLANES, T, H] fp32 added up in order, and rounded as a product is. plane: T * H."""
+def add_planes(x, offset, mask, H: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr):
+    """x[PLANES, T, H] fp32 added up in order, and rounded as a product is, by T programs.
+
+    An argument T * H could be any number to the compiler, which then loads each value of a later plane alone.
+    """
+    plane = tl.num_programs(0).to(tl.int64) * H
     value = tl.load(x + offset, mask=mask, other=0.0)
     for i in tl.static_range(1, PLANES):
         value += tl.load(x + i * plane + offset, mask=mask, other=0.0)
     return value.to(dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["plane"])
+@triton.jit
 def rms_norm_kernel(
     x,
     residual,
@@ -40,7 +44,6 @@ def rms_norm_kernel(
     out,
     total,
     eps,
-    plane,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
@@ -56,7 +59,7 @@ def rms_norm_kernel(
         gdc_wait()
     dtype = out.dtype.element_ty
     if PLANES:
-        value = add_planes(x, row + offset, mask, plane, PLANES, dtype)
+        value = add_planes(x, row + offset, mask, H, PLANES, dtype)
     else:
         value = tl.load(x + row + offset, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -150,7 +153,6 @@ def _launch_norm(
             out,
             total,
             eps,
-            residual.numel(),
             H=width,
             BLOCK=block,
             ADD=add,

@@ -23,7 +23,7 @@ from engine.kernels.fused import FEW_TOKENS, add_planes, check_added, check_rows
 _CHUNK = 2048  # values of a token that silu takes at a time
 
 
-@triton.jit(do_not_specialize=["plane"])
+@triton.jit
 def norm_quantize_kernel(
     x,
     residual,
@@ -33,7 +33,6 @@ def norm_quantize_kernel(
     scales,
     total,
     eps,
-    plane,
     H: tl.constexpr,
     ADD: tl.constexpr,
     PLANES: tl.constexpr,
@@ -53,7 +52,7 @@ def norm_quantize_kernel(
         gdc_wait()
     dtype = total.dtype.element_ty
     if PLANES:
-        value = add_planes(x, row * H + k, mask, plane, PLANES, dtype)
+        value = add_planes(x, row * H + k, mask, H, PLANES, dtype)
     else:
         value = tl.load(x + row * H + k, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -167,7 +166,6 @@ def _norm(
             scale,
             total,
             eps,
-            residual.numel(),
             H=width,
             ADD=add,
             PLANES=x.shape[0] if x.dim() == 3 else 0,

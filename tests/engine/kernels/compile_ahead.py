@@ -97,6 +97,8 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             asked = before.count("cp.async.bulk.tensor.2d.shared")
             assert asked == kwargs["ONE_TURN"] * kwargs["STAGES"] * (4 if kwargs["SIDE"] else 2), asked
+        if kwargs.get("PLANES") and "norm" in kernel.metadata.name:
+            assert not re.search(r"ld\.global\.[bf]?(16|32)\b", kernel.asm["ptx"]), "planes are read in wide pieces"
         if self is decode_attention.decode_kernel and kwargs["PDL"]:
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             assert "ld.global" in before, "the plan is fetched early"
