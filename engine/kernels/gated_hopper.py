@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
+from engine.kernels.gluon_names import fetch, store, view
 from engine.kernels.hopper_matmul import SHARED, descriptor, following, height_of
 from engine.kernels.tiles import GATED_ROWS, GatedTile, empty_rows
 
@@ -63,9 +64,9 @@ def _fetch_weights(weights, full, slot, n, k, width, more, MAIN: gl.constexpr, S
     mbarrier.expect(bar, BYTES, pred=more)
     for i in gl.static_range(2):
         row, piece = i * width + n * (MAIN + SIDE), slot * 2 + i
-        tma.async_copy_global_to_shared(w_desc, [row, k], bar, w_pieces.index(piece), pred=more)
+        fetch(w_desc, [row, k], bar, w_pieces.index(piece), pred=more)
         if SIDE:
-            tma.async_copy_global_to_shared(s_desc, [row + MAIN, k], bar, s_pieces.index(piece), pred=more)
+            fetch(s_desc, [row + MAIN, k], bar, s_pieces.index(piece), pred=more)
 
 
 @gluon.jit
@@ -107,7 +108,7 @@ def _fetch(
             early -= 1
             for i in gl.static_range(GROUPS):
                 row = (m * GROUPS + i) * _ROWS
-                tma.async_copy_global_to_shared(x_desc, [row, k], full.index(slot), x_bufs[i].index(slot))
+                fetch(x_desc, [row, k], full.index(slot), x_bufs[i].index(slot))
             slot, phase = following(slot, phase, STAGES)
 
 
@@ -116,7 +117,7 @@ def _rows_and_out(x_desc, out_desc, MAIN: gl.constexpr, STAGES: gl.constexpr, ON
     """Buffers of one group: of its tokens, and of its result, which in one turn is where they were."""
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, _ROWS, _DEPTH], x_desc.layout)
     if ONE_TURN:
-        out_buf = x_bufs._reinterpret(x_desc.dtype, [_ROWS, MAIN], out_desc.layout)
+        out_buf = view(x_bufs, x_desc.dtype, [_ROWS, MAIN], out_desc.layout)
     else:
         out_buf = gl.allocate_shared_memory(x_desc.dtype, [_ROWS, MAIN], out_desc.layout)
     return x_bufs, out_buf
@@ -182,14 +183,14 @@ def _multiply(
         tma.store_wait(0)  # what was stored before has left the buffer
         out_buf.store(result)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [row, column], out_buf)
+        store(out_desc, [row, column], out_buf)
         if SIDE:
             result = _gated(side, SIDE, dtype)
             tma.store_wait(0)
-            side_buf = out_buf._reinterpret(dtype, [_ROWS, SIDE], side_desc.layout)
+            side_buf = view(out_buf, dtype, [_ROWS, SIDE], side_desc.layout)
             side_buf.store(result)
             fence_async_shared()
-            tma.async_copy_shared_to_global(side_desc, [row, column + MAIN], side_buf)
+            store(side_desc, [row, column + MAIN], side_buf)
     tma.store_wait(0)
 
 
@@ -221,11 +222,11 @@ def gated_hopper_kernel(
     if GROUPS == 3:
         x2, out2 = _rows_and_out(x_desc, out_desc, MAIN, STAGES, ONE_TURN)
     w_pieces = gl.allocate_shared_memory(dtype, [STAGES * 2, MAIN, _DEPTH], w_desc.layout)
-    w_bufs = w_pieces._reinterpret(dtype, [STAGES, 2 * MAIN, _DEPTH], w_desc.layout)
+    w_bufs = view(w_pieces, dtype, [STAGES, 2 * MAIN, _DEPTH], w_desc.layout)
     s_pieces, s_bufs = w_pieces, w_bufs
     if SIDE:
         s_pieces = gl.allocate_shared_memory(dtype, [STAGES * 2, SIDE, _DEPTH], s_desc.layout)
-        s_bufs = s_pieces._reinterpret(dtype, [STAGES, 2 * SIDE, _DEPTH], s_desc.layout)
+        s_bufs = view(s_pieces, dtype, [STAGES, 2 * SIDE, _DEPTH], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

@@ -46,6 +46,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import chip
 from engine.kernels.convert import LOW_FP8, LOW_INT8
+from engine.kernels.gluon_names import fetch, fetch_each, store, view
 from engine.kernels.tiles import DIGITS, PLAIN, W8A8, Tile, count_tiles
 
 SHARED = 226 << 10  # bytes of a program's buffers and scales; barriers have the rest of 227 KiB
@@ -54,14 +55,14 @@ SHARED = 226 << 10  # bytes of a program's buffers and scales; barriers have the
 @gluon.jit
 def _fetch_weights(w_desc, w_bufs, up_bufs, bars, slot, n, up_n, k, more, GATED: gl.constexpr, BYTES: gl.constexpr):
     mbarrier.expect(bars.index(slot), BYTES, pred=more)
-    tma.async_copy_global_to_shared(w_desc, [n, k], bars.index(slot), w_bufs.index(slot), pred=more)
+    fetch(w_desc, [n, k], bars.index(slot), w_bufs.index(slot), pred=more)
     if GATED:
-        tma.async_copy_global_to_shared(w_desc, [up_n, k], bars.index(slot), up_bufs.index(slot), pred=more)
+        fetch(w_desc, [up_n, k], bars.index(slot), up_bufs.index(slot), pred=more)
 
 
 @gluon.jit
 def _fetch_rows(x_desc, x_bufs, bars, slot, m, k, more):
-    tma.async_copy_global_to_shared(x_desc, [m, k], bars.index(slot), x_bufs.index(slot), pred=more)
+    fetch(x_desc, [m, k], bars.index(slot), x_bufs.index(slot), pred=more)
 
 
 @gluon.jit
@@ -203,14 +204,14 @@ def hopper_matmul_kernel(
     if GROUP:
         TURNED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         pieces = gl.allocate_shared_memory(gl.float32, [ROOM // 16, 16, BLOCK_M], TURNED)
-        x_scales = pieces._reinterpret(gl.float32, [ROOM, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        x_scales = view(pieces, gl.float32, [ROOM, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         if KIND == W8A8:
             EACH: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, WARPS], [0, 1])
             row = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, EACH))[None, :]
             for i in gl.static_range(ROOM // 16):
                 group = first_group + 16 * i + gl.arange(0, 16, gl.SliceLayout(1, EACH))[:, None]
                 exists = (row < R) & (group < num_groups)
-                async_copy.async_copy_global_to_shared(pieces.index(i), x_scale + row * num_groups + group, exists)
+                fetch_each(pieces.index(i), x_scale + row * num_groups + group, exists)
             async_copy.commit_group()
         for i in range(0, count, 2):
             k, done = first_k + i * BLOCK_K, slot
@@ -288,7 +289,7 @@ def hopper_matmul_kernel(
             turned = gl.allocate_shared_memory(out_desc.dtype, [ROWS, BLOCK_N], out_desc.layout)
             turned.permute((1, 0)).store(result)
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [first_m * ROWS // BLOCK_M, first_n], turned)
+            store(out_desc, [first_m * ROWS // BLOCK_M, first_n], turned)
             tma.store_wait(0)
 
 

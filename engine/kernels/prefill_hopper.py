@@ -32,7 +32,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -40,6 +39,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import PREFILL_TILE, AttentionPlan, chip
+from engine.kernels.gluon_names import fetch, view
 from engine.kernels.kv_codes import LOG2_E
 
 _ROWS = gl.constexpr(64)  # of one group of warps
@@ -105,7 +105,7 @@ def _fetch_tile(
         position = at + i * PIECE
         row = position % BLOCK_SIZE - gl.where(position >= whole, shift, 0)
         for half in gl.static_range(HALVES):
-            tma.async_copy_global_to_shared(
+            fetch(
                 desc,
                 [blocks[i], row, kv_head * D + half * _HALF],
                 full.index(stage),
@@ -144,7 +144,7 @@ def _fetch(
         mbarrier.expect(q_full.index(place), 2 * _ROWS * D * 2)
         for group in gl.static_range(2):
             for half in gl.static_range(HALVES):
-                tma.async_copy_global_to_shared(
+                fetch(
                     q_desc,
                     [start + first + group * (_ROWS // PADDED), kv_head * G, half * _HALF],
                     q_full.index(place),
@@ -361,9 +361,9 @@ def prefill_hopper_kernel(
     v_pieces = gl.allocate_shared_memory(dtype, [TILES, 1, PIECE, _HALF], v_desc.layout)
     pieces = (q_pieces, k_pieces, v_pieces)
     matrices = (
-        q_pieces._reinterpret(dtype, [4, _ROWS, D], _MATRIX),  # of two items, two groups each
-        k_pieces._reinterpret(dtype, [_STAGES, _KEYS, D], _MATRIX),
-        v_pieces._reinterpret(dtype, [_STAGES, _KEYS, D], _MATRIX),
+        view(q_pieces, dtype, [4, _ROWS, D], _MATRIX),  # of two items, two groups each
+        view(k_pieces, dtype, [_STAGES, _KEYS, D], _MATRIX),
+        view(v_pieces, dtype, [_STAGES, _KEYS, D], _MATRIX),
     )
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
