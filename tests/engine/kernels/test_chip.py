@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -37,6 +42,8 @@ def test_gluon_is_for_one_chip_and_the_versions_of_triton_that_are_known(monkeyp
     for capability, version, runs in (
         ((9, 0), "3.6.0", True),
         ((9, 0), "3.7.1+git", True),
+        ((9, 0), "3.9.0", True),
+        ((9, 0), "3.8.1", False),
         ((9, 0), "3.5.1", False),
         ((9, 0), "3.60.0", False),
         ((8, 9), "3.6.0", False),
@@ -47,3 +54,12 @@ def test_gluon_is_for_one_chip_and_the_versions_of_triton_that_are_known(monkeyp
         chip._can_run_gluon.cache_clear()
         assert chip.runs_gluon(cpu) == runs, (capability, version)
     chip._can_run_gluon.cache_clear()
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_triton_may_fuse_products_and_sums_unless_the_environment_says_otherwise(given: str | None) -> None:
+    name = "TRITON_DEFAULT_FP_FUSION"
+    env = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
+    command = [sys.executable, "-c", f"import os, engine.kernels; print(os.environ[{name!r}])"]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (given or "1")
