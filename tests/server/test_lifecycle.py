@@ -160,12 +160,14 @@ def test_the_engines_death_ends_requests_with_errors_and_a_new_one_comes(guarded
 
 
 def test_drain_finishes_what_runs_and_refuses_the_rest(guarded, http):
-    body = BODY | {"stream": True, "max_tokens": 150}
+    body = BODY | {"stream": True, "max_tokens": 600}  # a second and more, on a fast machine
     with guarded.client() as other, http.stream("POST", "/v1/completions", json=body, headers=KEYED) as stream:
         lines = stream.iter_lines()
         next(lines)
         guarded.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        until = time.monotonic() + 10
+        while other.get("/ready").status_code == 200 and time.monotonic() < until:
+            time.sleep(0.01)
         refused = other.post("/v1/completions", json=BODY, headers=KEYED)
         unready = other.get("/ready")
         rest = [line for line in lines if line]
