@@ -180,7 +180,8 @@ def decode_kernel(
                 tl.where(is_v, kv_1, k_1), tl.where(is_v, kv_2, k_2), KIND, SMALLEST, FAST
             )
             own_head = tl.zeros((2, 1), tl.int32) + kv_head
-            stored_k, stored_v = (is_v == 0) & (slot >= 0), is_v & (slot >= 0)
+            stored = tl.zeros((2, 1), tl.int32) + slot >= 0  # no scalar: see `gemv._load`
+            stored_k, stored_v = (is_v == 0) & stored, is_v & stored
             store_heads(new_1, new_2, factor, own_head, stored_k, slot, k_cache, k_scale, k_stride, BLOCK_SIZE, HKV)
             store_heads(new_1, new_2, factor, own_head, stored_v, slot, v_codes, v_scale, k_stride, BLOCK_SIZE, HKV)
             tl.debug_barrier()  # every thread's part is stored before another one reads it

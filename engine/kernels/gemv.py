@@ -29,7 +29,9 @@ TILES = {2: (4096, 4, 4), 4: (4096, 4, 4), 1: (4096, 4, 0)}
 
 @triton.jit
 def _load(w_tile, k, exists, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights [BLOCK_N, PARTS, SPAN]; zeros past K, or where the tile does not exist."""
+    """Weights [BLOCK_N, PARTS, SPAN]; zeros past K, or where the tile does not exist. exists: [1, 1, 1], as the
+    interpreter of Triton 3.9 makes integers, which are no mask, of a scalar that meets a mask.
+    """
     if K != BLOCK_K:
         exists = (k < K)[None, :, :] & exists
     return tl.load(w_tile, mask=exists, other=0.0, eviction_policy="evict_first")
@@ -106,7 +108,7 @@ def gemv_kernel(
     if not WALK:  # past the end of N the last row is read again, and not stored
         row = tl.minimum(tile * OUTPUTS + r % OUTPUTS, N - 1) + r // OUTPUTS * N
     w_tile = w + row.to(tl.int64)[:, None, None] * K + k[None, :, :]
-    following = _load(w_tile + tile.to(tl.int64) * ADVANCE, k, True, K, BLOCK_K)
+    following = _load(w_tile + tile.to(tl.int64) * ADVANCE, k, tl.full((1, 1, 1), True, tl.int1), K, BLOCK_K)
     if PDL:
         gdc_wait()
     value = widen(tl.load(x + k, mask=k < K, other=0.0), tl.float32)
@@ -117,7 +119,8 @@ def gemv_kernel(
         step, num_tiles = tl.num_programs(0), N // OUTPUTS
         while tile < num_tiles:
             stored = following
-            following = _load(w_tile + (tile + step).to(tl.int64) * ADVANCE, k, tile + step < num_tiles, K, BLOCK_K)
+            exists = tl.full((1, 1, 1), tile + step, tl.int32) < num_tiles
+            following = _load(w_tile + (tile + step).to(tl.int64) * ADVANCE, k, exists, K, BLOCK_K)
             row = first + tile * OUTPUTS
             _finish(
                 stored, value, row, tile, w_scale, bias, out, N, num_groups, SCALED, GROUP, BIAS, GATED, OUTPUTS,
