@@ -20,6 +20,7 @@ FUSE = "OCTAVO_FUSE"
 # Whether Triton may compute a * b + c as one FMA: 3.9 warns where nobody says so, 3.10 then does not. Ours may.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+_TRITONS_OF_GLUON = ("3.6", "3.7", "3.9")  # 3.8 has no view of a part of shared memory
 CHIPS = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0)}
 
 
@@ -64,7 +65,7 @@ def _can_run_gluon(device: torch.device) -> bool:
     import triton  # not wherever the twins run
 
     present = device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
-    return present and triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "9"])  # 3.8 lacks views
+    return present and ".".join(triton.__version__.split(".")[:2]) in _TRITONS_OF_GLUON
 
 
 @cache
