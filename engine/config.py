@@ -73,9 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: of one block and of the whole KV pool, in tokens of the computing dtype (an 8-bit cache fits two or
     four for one); 0 takes `gpu_memory_utilization` of the GPU, or 1 GiB on a CPU. overlap: step N+1 is launched before
     the tokens of step N reach the host; None means on a GPU only. cuda_graphs: on a GPU, decode steps are captured at
-    start and replayed. num_threads: of torch on a CPU; 0 is torch's own. variant_headroom: bytes kept free of the KV
-    pool for variants that are added while serving. kernels_for: choose kernels as on another chip, such as "sm_89";
-    empty: the one that is here.
+    start and replayed. keep_in_l2: what their kernels hand to one another stays in L2, see `l2`. num_threads: of torch
+    on a CPU; 0 is torch's own. variant_headroom: bytes kept free of the KV pool for variants that are added while
+    serving. kernels_for: choose kernels as on another chip, such as "sm_89"; empty: the one that is here.
     """
 
     model: str
@@ -98,6 +98,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     overlap: bool | None = None
     cuda_graphs: bool = True
+    keep_in_l2: bool = True
     num_threads: int = 0
     seed: int = 0
     kernels_for: str = ""

@@ -9,8 +9,9 @@ between steps can come between them:
                alone, of two launches; one for every `SamplingPlan.is_usual`, whose kernels read in the tables what each
                row asks for
 
-All graphs share one memory pool: their replays follow one another on one stream. Inputs are two int32 vectors, the rows
-and the contexts, in buffers of their own; everything else is already on the device.
+All forwards share one memory pool, of which L2 keeps what it can (`l2.KeptMemory`), and all other graphs another one:
+their replays follow one another on one stream. Inputs are two int32 vectors, the rows and the contexts, in buffers of
+their own; everything else is already on the device.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from engine.batch import Tables, decode_batch
 from engine.kernels import KVCache
+from engine.l2 import KeptMemory
 from engine.models.qwen import Qwen
 from engine.sampling import PLAIN, USUAL, sample
 from engine.scheduler import Scheduled
@@ -50,7 +52,9 @@ class DecodeGraphs:
         block_sizes: dict[str, int],
         num_ids: int,
         max_size: int,
+        kept_bytes: int,
     ) -> None:
+        """kept_bytes: of a step's activations, to be kept in L2; 0: none."""
         self.models, self.tables, self.kv = models, tables, kv
         self.block_sizes, self.num_ids = block_sizes, num_ids
         self.device = tables.tokens.device
@@ -65,6 +69,7 @@ class DecodeGraphs:
         self._draw: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # by size, and whether it is the plain one
         self._sampled: dict[tuple[int, bool], Tensor] = {}  # what they return
         self._pool = torch.cuda.graph_pool_handle()
+        self.kept = KeptMemory(kept_bytes, self.device)
 
     @property
     def max_size(self) -> int:
@@ -94,18 +99,18 @@ class DecodeGraphs:
         """Capture one variant's forward, between steps or at start."""
         self._inputs[0].fill_(self._spare)  # the last step's rows and contexts: their slots must not be written again
         self._inputs[1].zero_()
-        self._forward[variant, size] = self.record(partial(self._run_forward, variant, size))
+        self._forward[variant, size] = self.record(partial(self._run_forward, variant, size), self.kept)
 
     def forget(self, variant: str) -> None:
         """Drop a variant's graphs."""
         self._forward = {key: graph for key, graph in self._forward.items() if key[0] != variant}
 
-    def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Capture `work` into this object's memory pool."""
+    def record(self, work: Callable[[], None], kept: KeptMemory | None = None) -> torch.cuda.CUDAGraph:
+        """Capture `work`, with what it allocates in `kept` or in the pool that other graphs share."""
         for _ in range(WARM_UP_RUNS):
             work()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with kept.capture(graph) if kept else torch.cuda.graph(graph, pool=self._pool):
             work()
         return graph
 

@@ -153,6 +153,14 @@ def _widest(m: ModelConfig) -> int:
     return 2 * m.intermediate_size + 6 * m.hidden_size + 2 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
 
 
+def kept_bytes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of a captured decode step, to be kept in L2: what is there at once, and some for gaps. Most is at the end of a
+    layer: what down takes and leaves, that in two planes of fp32, the normed sum, and the residual before and after.
+    """
+    rows = min(config.max_num_seqs, MAX_GRAPH_SIZE) if config.keep_in_l2 else 0
+    return rows * (model_config.intermediate_size + 7 * model_config.hidden_size) * dtype.itemsize * 5 // 4
+
+
 def _reserves(
     config: EngineConfig,
     model_config: ModelConfig,
@@ -178,6 +186,7 @@ def _reserves(
         logits = min(c.max_num_seqs, MAX_GRAPH_SIZE) * m.vocab_size
         reserves["outputs of CUDA graphs"] = (hidden + logits) * dtype.itemsize
         common = 2 * max((x.total_tokens for x in layouts), default=0) * widest * dtype.itemsize + GRAPHS_BYTES
+        common += kept_bytes(c, m, dtype)
         reserves["CUDA graphs (allowance)"] = common + num_variants * graph_bytes(c, max_len, full_batch)
     return reserves
 

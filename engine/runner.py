@@ -26,6 +26,7 @@ from engine.memory import (
     PROMPT_LOGPROB_ROWS,
     DeviceMemory,
     MemoryPlan,
+    kept_bytes,
     plan_memory,
     planned_weights,
 )
@@ -143,7 +144,8 @@ class Runner:
         if config.cuda_graphs and self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
             size = min(config.max_num_seqs, MAX_GRAPH_SIZE)
-            self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size)
+            kept = kept_bytes(config, model_config, self.dtype)
+            self.graphs = DecodeGraphs(self.models, self.tables, self.kv, self.block_sizes, num_ids, size, kept)
             self.graphs.capture()
             layouts = mixed_layouts(config, self.max_model_len, self.plan.full_batch)
             self.mixed_graphs = MixedGraphs(self.models, self.tables, self.kv, self.block_sizes, layouts)

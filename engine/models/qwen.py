@@ -84,13 +84,14 @@ class Qwen:
                 x = kernels.rms_norm(residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual))
             else:
                 x, residual = add_rms_norm(*down, residual, layer.input_norm, c.rms_norm_eps, layer.qkv.takes(residual))
-            new = (layer.qkv(x), layer.q_norm, layer.k_norm, c.rms_norm_eps, self.rotary)
-            rest = (batch.positions, cache, batch.slots)
+            qkv = layer.qkv(x)
+            del down, x  # each as soon as it is used: what comes next takes its place, which is in L2
+            new = (layer.q_norm, layer.k_norm, c.rms_norm_eps, self.rotary, batch.positions, cache, batch.slots)
             wanted = batch.wanted if layer is self.layers[-1] else None
             if wanted is None:
-                attended = kernels.rope_and_attend(*new, *rest, batch.block_tables, batch.plan, scale)  # [T, Hq, D]
+                attended = kernels.rope_and_attend(qkv, *new, batch.block_tables, batch.plan, scale)  # [T, Hq, D]
             else:  # from here on T is R
-                q, residual = kernels.rope_and_store(*new, *rest), residual.index_select(0, wanted.index)
+                q, residual = kernels.rope_and_store(qkv, *new), residual.index_select(0, wanted.index)
                 if not len(residual):
                     return residual
                 if wanted.plan is None:
@@ -99,11 +100,14 @@ class Qwen:
                 else:
                     q = q.index_select(0, wanted.index)
                     attended = kernels.attention(q, cache, batch.block_tables, wanted.plan, scale)
-            flat = attended.view(-1, c.num_heads * c.head_dim)
+            del qkv
+            attended = attended.view(-1, c.num_heads * c.head_dim)
             x, residual = add_rms_norm(
-                layer.out, flat, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)
+                layer.out, attended, residual, layer.post_norm, c.rms_norm_eps, layer.gate_up.takes(residual)
             )
+            del attended
             down = layer.down, layer.gate_up.gated(x, layer.down.takes(residual))
+            del x
         assert down is not None
         hidden, _ = add_rms_norm(*down, residual, self.norm, c.rms_norm_eps)
         assert isinstance(hidden, Tensor)
