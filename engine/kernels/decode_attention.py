@@ -121,13 +121,12 @@ def decode_kernel(
 ):
     HALF: tl.constexpr = D // 2
     NORM: tl.constexpr = q_norm is not None
-    # Rows in which what all heads share is loaded for q: 2 where q's tile is like that of k and v, for one load then
-    # serves both, in their layout.
-    ALIKE: tl.constexpr = 2 if ROWS == 2 else 1
+    # What all heads share is loaded once for each row of q, and twice for k and v, which are one tile: so it lies with
+    # the threads that need it, and none have to exchange it.
     half = tl.arange(0, HALF)[None, :]
     q_gain_1, q_gain_2, k_gain_1, k_gain_2 = None, None, None, None
     if NORM:  # weights, which no kernel writes
-        q_gain, k_gain = tl.broadcast_to(q_norm + half, (ALIKE, HALF)), tl.broadcast_to(k_norm + half, (2, HALF))
+        q_gain, k_gain = tl.broadcast_to(q_norm + half, (ROWS, HALF)), tl.broadcast_to(k_norm + half, (2, HALF))
         q_gain_1, q_gain_2 = tl.load(q_gain).to(tl.float32), tl.load(q_gain + HALF).to(tl.float32)
         k_gain_1, k_gain_2 = tl.load(k_gain).to(tl.float32), tl.load(k_gain + HALF).to(tl.float32)
     if PDL:
@@ -154,7 +153,7 @@ def decode_kernel(
     block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0).to(tl.int64)
     if FUSED:
         angle = cos_sin + position.to(tl.int64) * D + half
-        q_angle, k_angle = tl.broadcast_to(angle, (ALIKE, HALF)), tl.broadcast_to(angle, (2, HALF))
+        q_angle, k_angle = tl.broadcast_to(angle, (ROWS, HALF)), tl.broadcast_to(angle, (2, HALF))
         q_cos, q_sin = tl.load(q_angle), tl.load(q_angle + HALF)
         k_cos, k_sin = tl.load(k_angle), tl.load(k_angle + HALF)
     if PDL:
