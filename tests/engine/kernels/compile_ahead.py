@@ -105,6 +105,10 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             before = kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
             assert "ld.global" in before, "the plan is fetched early"
             assert not any(word in before for word in ("st.global", "cp.async", "atom")), "keys and values are not"
+        if self is decode_attention.decode_kernel and kwargs["FUSED"] and kwargs["num_warps"] == 1:
+            early = kernel.asm["ptx"].partition("griddepcontrol.wait")[2] if kwargs["PDL"] else kernel.asm["ptx"]
+            exchanges = early.partition("cp.async")[0].count("bar.sync")
+            assert exchanges <= 2, "queries are rotated where they are, and change places once"
         if kernel.metadata.name == "hopper_matmul_kernel":
             check_bulk(kernel.asm["ptx"], **kwargs)
             if kwargs["GROUP"]:
@@ -137,6 +141,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     # fp32 is for exactness, not for speed: one type of 8 bits stands for both.
     eight_bit = [torch.int8] if dtype == torch.float32 else [torch.int8, torch.float8_e4m3fn]
     attend(16, 8, 128, dtype, [dtype, *eight_bit], qk_norm=True)  # Qwen3-0.6B and 1.7B
+    attend(32, 8, 128, dtype, [dtype], qk_norm=True)  # Qwen3-4B and 8B
     attend(14, 2, 64, dtype, [dtype], qk_norm=False)  # Qwen2.5-0.5B, whose tiles are half as large
     known = len(compiled)
     attend(14, 2, 64, dtype, [dtype], qk_norm=False, offset=1)
