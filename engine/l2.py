@@ -65,7 +65,7 @@ class KeptMemory:
         self._owner = torch.cuda.CUDAGraph()  # a pool has its memory as long as one of its graphs lives
         with torch.cuda.graph(self._owner, pool=self._pool, stream=self._stream):
             memory = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
-            memory[:1].zero_()
+            square.zero_()  # torch warns of a graph without a kernel
         self.address = memory.data_ptr()
 
     @contextmanager
@@ -93,6 +93,7 @@ class KeptMemory:
         status = self._driver.cuStreamSetAttribute(stream, _WINDOW, ctypes.byref(attribute))
         if status:
             log.warning("what decode's kernels hand on is not kept in L2: CUDA error %d", status)
+            self.num_bytes = 0
 
     def _ask(self, attribute: int) -> int:
         """Of the current device; 0 where the driver does not know."""
