@@ -256,11 +256,16 @@ class EngineReport(msgspec.Struct, tag="engine", array_like=True):
 
 
 class ApiReport(msgspec.Struct, tag="api", array_like=True):
-    """An API process is listening; counter deltas since its last report, keyed by (metric, label values …)."""
+    """An API process is listening; counter deltas since its last report, keyed by (metric, label values …).
+
+    epoch, revision: of the set of variants that it goes by; -1 before there is one.
+    """
 
     client_id: int
     listening: bool
     deltas: dict[str, float]
+    epoch: int = -1
+    revision: int = -1
 
 
 class CanaryReport(msgspec.Struct, tag="canary", array_like=True):
@@ -275,7 +280,8 @@ Report = EngineReady | EngineReport | ApiReport | CanaryReport
 
 class Status(msgspec.Struct, tag="status", array_like=True):
     """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no
-    heartbeat). canary: its last round, if there is one.
+    heartbeat). canary: its last round, if there is one. seen: all API processes go by the set of variants of this
+    revision, or a later one.
     """
 
     epoch: int
@@ -284,3 +290,4 @@ class Status(msgspec.Struct, tag="status", array_like=True):
     stats: EngineStats | None
     totals: dict[str, float]
     canary: CanaryReport | None = None
+    seen: int = -1

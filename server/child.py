@@ -36,6 +36,7 @@ class Child:
         self.deaths: deque[float] = deque() if deaths is None else deaths
         self.started = time.monotonic()
         self.listening = False
+        self.seen = (-1, -1)  # epoch and revision of the set of variants that an API process goes by
         # -P: no module is taken from the folder that the user happens to be in.
         # A process group of its own: Ctrl-C in a terminal reaches the parent only, which then lets children drain.
         self.process = subprocess.Popen(

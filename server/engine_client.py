@@ -185,7 +185,7 @@ class EngineClient:
         """Send the parent what was counted since the last time."""
         deltas = self.counters.take()
         try:
-            report = ApiReport(self.config.client_id, self.listening, deltas)
+            report = ApiReport(self.config.client_id, self.listening, deltas, *_set_of_variants(self.status))
             self._report.send(self._encoder.encode(report), zmq.NOBLOCK)
         except zmq.Again:  # the parent is not there at the moment: the counts go with the next report
             self.counters.put_back(deltas)
@@ -278,7 +278,7 @@ class EngineClient:
         return stream
 
     async def change_variants(self, kind: type[AddVariant] | type[RemoveVariant], name: str) -> VariantChanged:
-        """Add or remove a variant; returns when it is done and this process knows. Raises ApiError for a refusal."""
+        """Add or remove a variant; returns when that is done and all API processes know. Raises ApiError if refused."""
         command = self._changes.ask(kind, name)
         try:
             self._send(command)
@@ -342,13 +342,15 @@ class EngineClient:
             self._status_at = time.monotonic()
             if status.state == "dead" or (previous is not None and previous.epoch != status.epoch):
                 self._fail_all(ApiError("engine_dead"))
-            self._changes.seen(status.info)
+            if _set_of_variants(status) != _set_of_variants(previous):
+                self.report()  # others wait for it
+            self._changes.seen(status)
 
     def _drain_engine(self) -> None:
         for frame in _frames(self._engine):
             output = self._step_decoder.decode(frame)
             if isinstance(output, VariantChanged):
-                self._changes.answered(output, self.status.info if self.status is not None else None)
+                self._changes.answered(output, self.status)
             elif self.status is not None and output.epoch == self.status.epoch:
                 self._deliver(output)
 
@@ -397,3 +399,8 @@ def _frames(socket: zmq.Socket[bytes]) -> Iterable[bytes]:
             yield socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return
+
+
+def _set_of_variants(status: Status | None) -> tuple[int, int]:
+    """Epoch and revision of the set that a process goes by which has this status."""
+    return (-1, -1) if status is None or status.info is None else (status.epoch, status.info.revision)

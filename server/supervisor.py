@@ -290,9 +290,13 @@ class Supervisor:
         if isinstance(report, ApiReport):
             for key, delta in report.deltas.items():
                 self.totals[key] = self.totals.get(key, 0.0) + delta
+            before = self._seen
             for child in self.apis:
                 if child.client_id == report.client_id:
                     child.listening = child.listening or report.listening
+                    child.seen = report.epoch, report.revision
+            if self._seen != before:
+                self._publish()
         elif isinstance(report, CanaryReport):
             self.canary_report = report
         elif report.epoch != self.epoch or self.engine is None:
@@ -318,8 +322,14 @@ class Supervisor:
         self.state = state
         self._publish()
 
+    @property
+    def _seen(self) -> int:
+        """The least revision of this engine's set of variants that an API process which listens goes by."""
+        known = [child.seen for child in self.apis if child.listening]
+        return min((revision if epoch == self.epoch else -1 for epoch, revision in known), default=-1)
+
     def _publish(self) -> None:
-        status = Status(self.epoch, self.state, self.info, self.stats, self.totals, self.canary_report)
+        status = Status(self.epoch, self.state, self.info, self.stats, self.totals, self.canary_report, self._seen)
         self.status.send(msgspec.msgpack.encode(status))
 
     def _announce(self) -> None:

@@ -1,17 +1,20 @@
 """Changes of the set of variants that this API process asked for, until they are done and seen.
 
 The engine answers a change (`VariantChanged`) before the parent has told everybody (`Status`). Who asked is answered
-after both, so that the next request of the same client already finds the new set.
+after every API process has said that it goes by the new set, so that the next request finds it, whoever takes it; or
+after a while, if one of them hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from itertools import count
 
-from engine.messages import AddVariant, EngineInfo, RemoveVariant, VariantChanged
+from engine.messages import AddVariant, RemoveVariant, Status, VariantChanged
 from server.errors import ApiError
 
+PATIENCE_SECONDS = 5.0
 STATUS_OF = {"model_not_found": "model_not_found", "shutting_down": "shutting_down"}  # other codes: variant_conflict
 
 
@@ -21,7 +24,7 @@ class VariantChanges:
     def __init__(self) -> None:
         self._ids = count(1)
         self._open: dict[int, asyncio.Future[VariantChanged]] = {}
-        self._answers: dict[int, VariantChanged] = {}  # not yet seen in a Status
+        self._answers: dict[int, tuple[VariantChanged, float]] = {}  # not yet seen by all, and until when to wait
 
     def ask(self, kind: type[AddVariant] | type[RemoveVariant], name: str) -> AddVariant | RemoveVariant:
         """The command to send; `wait` for its answer."""
@@ -30,7 +33,7 @@ class VariantChanges:
         return command
 
     async def wait(self, command: AddVariant | RemoveVariant) -> VariantChanged:
-        """The engine's answer, once the change is seen. Raises ApiError for a refusal or the engine's end."""
+        """The engine's answer, once all see the change. Raises ApiError for a refusal or the engine's end."""
         try:
             answer = await self._open[command.change_id]
         finally:  # or the client has gone: the change goes on
@@ -41,16 +44,18 @@ class VariantChanges:
             raise ApiError(STATUS_OF.get(answer.code, "variant_conflict"), answer.message, param, answer.code)
         return answer
 
-    def answered(self, answer: VariantChanged, info: EngineInfo | None) -> None:
-        """The engine's word on a change; `info` is what is known now."""
+    def answered(self, answer: VariantChanged, status: Status | None) -> None:
+        """The engine's word on a change; `status` is the last one."""
         if answer.change_id in self._open:
-            self._answers[answer.change_id] = answer
-            self.seen(info)
+            self._answers[answer.change_id] = answer, time.monotonic() + PATIENCE_SECONDS
+            self.seen(status)
 
-    def seen(self, info: EngineInfo | None) -> None:
-        """A Status has come: what it shows is done, and so are refusals, which nothing shows."""
-        for change_id, answer in list(self._answers.items()):
-            if answer.code is not None or (info is not None and info.revision >= answer.revision):
+    def seen(self, status: Status | None) -> None:
+        """A Status has come: what all go by is done, and so are refusals, which nothing shows."""
+        for change_id, (answer, until) in list(self._answers.items()):
+            here = status is not None and status.info is not None and status.info.revision >= answer.revision
+            everywhere = status is not None and status.seen >= answer.revision
+            if answer.code is not None or (here and (everywhere or time.monotonic() > until)):
                 del self._answers[change_id]
                 future = self._open[change_id]
                 if not future.done():

@@ -13,6 +13,7 @@ import zmq
 from engine.messages import (
     Abort,
     AddRequest,
+    AddVariant,
     ApiReport,
     EngineCommand,
     EngineInfo,
@@ -21,6 +22,7 @@ from engine.messages import (
     Report,
     Status,
     StepOutput,
+    VariantChanged,
     VariantInfo,
     unpack_ids,
 )
@@ -62,9 +64,18 @@ class Peer:
         output = StepOutput(epoch, sequence_ids, token_ids, [], [], [], finished or [])
         self.router.send_multipart([self.identity, msgspec.msgpack.encode(output)])
 
-    async def tell(self, client: EngineClient, state: str = "ready", epoch: int = 1, busy: float = 0.0) -> None:
+    async def tell(
+        self,
+        client: EngineClient,
+        state: str = "ready",
+        epoch: int = 1,
+        busy: float = 0.0,
+        revision: int = 0,
+        seen: int = 0,
+    ) -> None:
         """Publish a status until it has arrived (a subscription takes a moment to be known)."""
-        status = Status(epoch, state, INFO, EngineStats(busy, 64, 0, 0, {}, []), {})
+        info = msgspec.structs.replace(INFO, revision=revision)
+        status = Status(epoch, state, info, EngineStats(busy, 64, 0, 0, {}, []), {}, None, seen)
         while client.status != status:
             self.pub.send(msgspec.msgpack.encode(status))
             await asyncio.sleep(0.01)
@@ -237,3 +248,34 @@ async def test_counts_reach_the_parent_as_deltas(wired):
         assert report.client_id == 3
         totals |= report.deltas
     assert totals == {"requests|chat|bf16|200": 2.0}
+
+
+async def test_a_change_is_answered_when_all_processes_know(wired, monkeypatch):
+    client, peer = wired
+
+    async def changed(revision: int) -> tuple[asyncio.Task[VariantChanged], VariantChanged]:
+        """A change that the engine has made, and this process has seen."""
+        asked = asyncio.create_task(client.change_variants(AddVariant, "int8-row"))
+        command = await peer.command()
+        assert isinstance(command, AddVariant)
+        answer = VariantChanged(command.change_id, revision, True)
+        peer.router.send_multipart([peer.identity, msgspec.msgpack.encode(answer)])
+        await peer.tell(client, revision=revision, seen=0)
+        return asked, answer
+
+    asked, answer = await changed(1)
+    while (report := await peer.report()).revision != 1:  # at once, not with the next counts
+        assert report.revision < 1
+    assert (report.client_id, report.epoch) == (3, 1)
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    await peer.tell(client, revision=1, seen=1)
+    assert await asyncio.wait_for(asked, 5) == answer
+
+    monkeypatch.setattr("server.variant_changes.PATIENCE_SECONDS", 0.2)
+    asked, answer = await changed(2)  # another process hangs
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    await asyncio.sleep(0.2)
+    await peer.tell(client, busy=0.1, revision=2, seen=0)
+    assert await asyncio.wait_for(asked, 5) == answer

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,23 @@ def test_a_killed_engine_comes_back(server: Server) -> None:
     assert "epoch 1" in server.err.read_text()
     assert httpx.get(f"{server.url}/v1/variants").json() == variants  # the present set, not that of the start
     assert len(variants["data"]) == 3 and 0 < variants["headroom_bytes"] < 20_000_000
+    assert httpx.delete(f"{server.url}/v1/variants/fp8-row", headers=ADMIN, timeout=60).status_code == 200
+
+
+def test_a_change_of_variants_waits_for_every_api_process(server: Server) -> None:
+    stopped, _ = server.children("server.app")
+    os.kill(stopped, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            body, url = {"name": "fp8-row"}, f"{server.url}/v1/variants"
+            added = pool.submit(httpx.post, url, json=body, headers=ADMIN, timeout=60)
+            until(lambda: "fp8-row" in {card["name"] for card in httpx.get(url).json()["data"]}, 20, "the other one")
+            time.sleep(0.3)
+            assert not added.done()
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert added.result().status_code == 201
+    assert {server.complete(model="pocket:fp8-row").status_code for _ in range(8)} == {200}
     assert httpx.delete(f"{server.url}/v1/variants/fp8-row", headers=ADMIN, timeout=60).status_code == 200
 
 
