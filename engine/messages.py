@@ -280,8 +280,8 @@ Report = EngineReady | EngineReport | ApiReport | CanaryReport
 
 class Status(msgspec.Struct, tag="status", array_like=True):
     """What every API process knows of the whole. state: "loading", "ready", "dead" (restarting) or "stalled" (no
-    heartbeat). canary: its last round, if there is one. seen: all API processes go by the set of variants of this
-    revision, or a later one.
+    heartbeat). canary: its last round, if there is one. settled: all API processes that listen go by the set of
+    variants of `info`.
     """
 
     epoch: int
@@ -290,4 +290,4 @@ class Status(msgspec.Struct, tag="status", array_like=True):
     stats: EngineStats | None
     totals: dict[str, float]
     canary: CanaryReport | None = None
-    seen: int = -1
+    settled: bool = True

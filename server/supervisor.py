@@ -290,12 +290,12 @@ class Supervisor:
         if isinstance(report, ApiReport):
             for key, delta in report.deltas.items():
                 self.totals[key] = self.totals.get(key, 0.0) + delta
-            before = self._seen
+            before = self._settled
             for child in self.apis:
                 if child.client_id == report.client_id:
                     child.listening = child.listening or report.listening
                     child.seen = report.epoch, report.revision
-            if self._seen != before:
+            if self._settled != before:
                 self._publish()
         elif isinstance(report, CanaryReport):
             self.canary_report = report
@@ -323,13 +323,13 @@ class Supervisor:
         self._publish()
 
     @property
-    def _seen(self) -> int:
-        """The least revision of this engine's set of variants that an API process which listens goes by."""
-        known = [child.seen for child in self.apis if child.listening]
-        return min((revision if epoch == self.epoch else -1 for epoch, revision in known), default=-1)
+    def _settled(self) -> bool:
+        """Whether all API processes that listen go by the present set of variants."""
+        present = self.info is not None and (self.epoch, self.info.revision)
+        return all(child.seen == present for child in self.apis if child.listening)
 
     def _publish(self) -> None:
-        status = Status(self.epoch, self.state, self.info, self.stats, self.totals, self.canary_report, self._seen)
+        status = Status(self.epoch, self.state, self.info, self.stats, self.totals, self.canary_report, self._settled)
         self.status.send(msgspec.msgpack.encode(status))
 
     def _announce(self) -> None:

@@ -53,9 +53,9 @@ class VariantChanges:
     def seen(self, status: Status | None) -> None:
         """A Status has come: what all go by is done, and so are refusals, which nothing shows."""
         for change_id, (answer, until) in list(self._answers.items()):
-            here = status is not None and status.info is not None and status.info.revision >= answer.revision
-            everywhere = status is not None and status.seen >= answer.revision
-            if answer.code is not None or (here and (everywhere or time.monotonic() > until)):
+            shown = status is not None and status.info is not None and status.info.revision >= answer.revision
+            settled = status is not None and (status.settled or time.monotonic() > until)
+            if answer.code is not None or (shown and settled):
                 del self._answers[change_id]
                 future = self._open[change_id]
                 if not future.done():

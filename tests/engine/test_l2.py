@@ -84,11 +84,8 @@ class TestOnGpu:
 
     def test_little_is_left_where_it_is(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
-        kept, graph, x = (
-            KeptMemory(1 << 20, device),
-            torch.cuda.CUDAGraph(keep_graph=True),
-            torch.ones(8, device=device),
-        )
+        kept, x = KeptMemory(1 << 20, device), torch.ones(8, device=device)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         with kept.capture(graph):
             y = x + 1
         assert kept.num_bytes == 0 and windows(graph) == [(0, 0)]

@@ -71,11 +71,11 @@ class Peer:
         epoch: int = 1,
         busy: float = 0.0,
         revision: int = 0,
-        seen: int = 0,
+        settled: bool = True,
     ) -> None:
         """Publish a status until it has arrived (a subscription takes a moment to be known)."""
         info = msgspec.structs.replace(INFO, revision=revision)
-        status = Status(epoch, state, info, EngineStats(busy, 64, 0, 0, {}, []), {}, None, seen)
+        status = Status(epoch, state, info, EngineStats(busy, 64, 0, 0, {}, []), {}, None, settled)
         while client.status != status:
             self.pub.send(msgspec.msgpack.encode(status))
             await asyncio.sleep(0.01)
@@ -260,7 +260,7 @@ async def test_a_change_is_answered_when_all_processes_know(wired, monkeypatch):
         assert isinstance(command, AddVariant)
         answer = VariantChanged(command.change_id, revision, True)
         peer.router.send_multipart([peer.identity, msgspec.msgpack.encode(answer)])
-        await peer.tell(client, revision=revision, seen=0)
+        await peer.tell(client, revision=revision, settled=False)
         return asked, answer
 
     asked, answer = await changed(1)
@@ -269,7 +269,7 @@ async def test_a_change_is_answered_when_all_processes_know(wired, monkeypatch):
     assert (report.client_id, report.epoch) == (3, 1)
     await asyncio.sleep(0.05)
     assert not asked.done()
-    await peer.tell(client, revision=1, seen=1)
+    await peer.tell(client, revision=1)
     assert await asyncio.wait_for(asked, 5) == answer
 
     monkeypatch.setattr("server.variant_changes.PATIENCE_SECONDS", 0.2)
@@ -277,5 +277,5 @@ async def test_a_change_is_answered_when_all_processes_know(wired, monkeypatch):
     await asyncio.sleep(0.05)
     assert not asked.done()
     await asyncio.sleep(0.2)
-    await peer.tell(client, busy=0.1, revision=2, seen=0)
+    await peer.tell(client, busy=0.1, revision=2, settled=False)
     assert await asyncio.wait_for(asked, 5) == answer
