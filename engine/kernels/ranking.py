@@ -64,23 +64,12 @@ def _choose(key, found, TOP: tl.constexpr):
 
 
 @triton.jit
-def best_ids(
-    logits,
-    group_peaks,
-    found,
-    num_ids,
-    num_groups,
-    TOP: tl.constexpr,
-    GROUP: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    """Of one row, given its groups' largest values: the TOP largest logits as fp32 and their ids, in the order of ids;
-    of equal ones the first. -inf where there are fewer. found: TOP int32 of memory.
+def best_ids(logits, peaks, found, num_ids, TOP: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
+    """Of one row, given its groups' largest values as fp32, -inf for groups that it lacks: the TOP largest logits as
+    fp32 and their ids, in the order of ids; of equal ones the first. -inf where there are fewer. found: TOP int32 of
+    memory.
     """
-    group = tl.arange(0, MAX_GROUPS)
-    value = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
-    groups = _choose(ordered(value, SHIFT), found, TOP)
+    groups = _choose(ordered(peaks, SHIFT), found, TOP)
     ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (TOP * GROUP,))
     logit = tl.load(logits + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
     place = _choose(ordered(logit, SHIFT), found, TOP)
@@ -92,8 +81,7 @@ def best_ids(
 @triton.jit
 def each_best(
     logits,
-    group_peaks,
-    found,
+    peaks,
     k,
     log_sum,
     ids_out,
@@ -102,33 +90,37 @@ def each_best(
     num_groups,
     FEW: tl.constexpr,
     GROUP: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
     """Stores ids and logprobs (the bits of an fp32) of the k <= FEW best of one row, falling, of equal ones the first.
-    One search for each, first of the groups, then of their ids: for 5 a third of what `best_ids` takes.
+    peaks: its groups' largest values as fp32. One search for each, first of the groups, then of their ids: for 5 a
+    third of what `best_ids` takes.
     """
     none: tl.constexpr = -0x80000000
-    group = tl.arange(0, MAX_GROUPS)
-    peak = tl.load(group_peaks + group, mask=group < num_groups, other=0.0)
-    key = tl.where(group < num_groups, ordered(peak, 0), none)
-    tl.debug_barrier()  # what was there before has been read
-    for i in range(k):
-        _, index = tl.max(key, axis=0, return_indices=True)
-        tl.store(found + i, index)
-        key = tl.where(group == index, none, key)
-    tl.debug_barrier()
-    place = tl.arange(0, FEW)
-    groups = tl.load(found + place, mask=place < k, other=num_groups)
+    group, place = tl.arange(0, peaks.shape[0]), tl.arange(0, FEW)
+    key, groups = tl.where(group < num_groups, ordered(peaks, 0), none), tl.zeros((FEW,), tl.int32) + num_groups
+    if SHIFT == 16:  # a value and its place, below 2^16, in one number: half the exchanges
+        key = (key & -0x10000) | (0xFFFF - group)
+        for i in range(k):
+            top = tl.max(key, axis=0)
+            groups = tl.where(place == i, 0xFFFF - (top & 0xFFFF), groups)
+            key = tl.where(key == top, none, key)
+    else:
+        for i in range(k):
+            top = tl.max(key, axis=0)
+            index = tl.min(tl.where(key == top, group, 0x7FFFFFFF), axis=0)
+            groups = tl.where(place == i, index, groups)
+            key = tl.where(group == index, none, key)
     ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (FEW * GROUP,))
     logit = tl.load(logits + ids, mask=ids < num_ids, other=0.0).to(tl.float32)
-    key = (tl.where(ids < num_ids, ordered(logit, 0), none).to(tl.int64) << 32) | (0x7FFFFFFF - ids)
+    key = tl.where(ids < num_ids, ordered(logit, 0), none)
     for i in range(k):
-        best = tl.max(key, axis=0)
-        token = tl.minimum(0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32), num_ids - 1)  # of fewer ids than k, too, one
-        key = tl.where(key == best, -0x8000000000000000, key)
+        top = tl.max(key, axis=0)
+        token = tl.minimum(tl.min(tl.where(key == top, ids, 0x7FFFFFFF), axis=0), num_ids - 1)
+        key = tl.where(ids == token, none, key)
         tl.store(ids_out + i, token)
-        logprob = tl.load(logits + token).to(tl.float32) - log_sum
-        tl.store(logprobs_out + i, logprob.to(tl.int32, bitcast=True))
+        value = (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        tl.store(logprobs_out + i, (value - log_sum).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -160,12 +152,10 @@ def slice_sum(logit):
 
 
 @triton.jit
-def joined_sum(sums, num_parts, MAX_PARTS: tl.constexpr):
-    """The slices' `slice_sum` of one row, joined."""
-    part = tl.arange(0, MAX_PARTS)
-    sum_ = tl.load(sums + part, mask=part < num_parts, other=float("-inf"))
-    peak = tl.max(sum_, axis=0)
-    return peak + tl.log(tl.sum(tl.exp(sum_ - peak), axis=0))
+def joined_sum(sums):
+    """The `slice_sum` of one row's slices, joined; -inf for those that it lacks."""
+    peak = tl.max(sums, axis=0)
+    return peak + tl.log(tl.sum(tl.exp(sums - peak), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_ids", "num_groups"])
@@ -215,10 +205,13 @@ def pick_kernel(
 ):
     """log_sums[B]; TOP > 0: the k <= TOP largest values[B, k] fp32, falling, and their ids best[B, k] int64."""
     row = tl.program_id(0).to(tl.int64)
-    tl.store(log_sums + row, joined_sum(sums + row * num_parts, num_parts, MAX_PARTS))
+    part = tl.arange(0, MAX_PARTS)
+    sum_ = tl.load(sums + row * num_parts + part, mask=part < num_parts, other=float("-inf"))
+    tl.store(log_sums + row, joined_sum(sum_))
     if TOP > 0:
-        own, peaks = logits + row * stride, peaks + row * num_groups
-        value, ids = best_ids(own, peaks, found + row * TOP, num_ids, num_groups, TOP, GROUP, MAX_GROUPS, SHIFT)
+        own, group = logits + row * stride, tl.arange(0, MAX_GROUPS)
+        peak = tl.load(peaks + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
+        value, ids = best_ids(own, peak, found + row * TOP, num_ids, TOP, GROUP, SHIFT)
         rank = tl.sum(precedes(value).to(tl.int32), axis=0)
         tl.store(values + row * k + rank, value, mask=rank < k)
         tl.store(best + row * k + rank, ids.to(tl.int64), mask=rank < k)

@@ -198,9 +198,13 @@ def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, num_ids
     """[B, num_ids] fp32 standard Gumbel noise, a function of (seed, position, id) alone; all [B] int32."""
     key = mix(mix(mix(seed_low) ^ seed_high) + positions)[:, None]
     ids = torch.arange(num_ids, dtype=torch.int32, device=key.device)[None, :]
-    bits = mix(ids * (0x9E3779B1 - (1 << 32)) ^ key)  # the golden ratio spreads neighbouring ids
-    uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in fp32
-    return -torch.log(-torch.log(uniform))
+    x = ids * (0x9E3779B1 - (1 << 32)) ^ key  # the golden ratio spreads neighbouring ids
+    x = x ^ ((x >> 16) & 0xFFFF)  # and then as `mix`, but for its last step, which small numbers pass unchanged
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    bits = (x * (0x846CA68B - (1 << 32))).long() & 0xFFFFFFFF
+    uniform = (bits.float() + 0.5) * 2.0**-32  # finest where noise is largest, as that is what is drawn
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
 
 def nucleus_thresholds(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Sampling one id a row, with logprobs: no order of all ids, no pass for each operation, few launches.
 
 Gumbel-max is an arg max over logit / temperature + noise, and the noise is a hash of (seed, position, id). Its two
-logarithms of full precision are most of the work. So `scan_kernel` takes one approximate logarithm of each id that
-bounds the draw from above, and keeps the largest bound of each group of 64 ids. `join_kernel`, one program a row, draws
-exactly in the group with the largest bound, then in the next, until no bound reaches the best draw: mostly one group.
-Where nothing is filtered, these two launches are all. Parameters are read from the tables, by row; the id goes to the
+logarithms of full precision would be most of the work. So `scan_kernel` bounds each id's draw from above without any,
+and keeps the largest bound of each group of 64 ids. `join_kernel`, one program a row, draws exactly in the group with
+the largest bound, then in the next, until no bound reaches the best draw: mostly one group. Where nothing is filtered,
+these two launches are all. Parameters are read from the tables, by row; the id goes to the
 token table and, with logprobs, to a packed row that one copy takes to the host.
 
 The filters keep the ids whose logit is above a pivot, and the same search, with groups whose largest logit is not above
@@ -29,7 +29,7 @@ would there be one for each slice of 256 rows, 39 us a launch. What is open afte
 row.
 
 Floor: B * V * itemsize bytes, 78 MB and 18 us for 256 rows of 151,936 in bf16 on an H200; with top-p twice that. With
-noise the hash of each id: 10 instructions on the half-rate integer units, 25 us.
+noise the hash of each id: 8 instructions, 5 of them on the half-rate integer units, and 4 for the bound, 19 us.
 """
 
 # Triton is untyped: a jitted function has no Python types.
@@ -46,10 +46,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels import LARGEST_TOP_K, chip, columns
-from engine.kernels.ranking import FEW, GROUP, SLICE, best_ids, each_best, joined_sum, load_slice, precedes, same_bits
+from engine.kernels.ranking import FEW, GROUP, best_ids, each_best, joined_sum, load_slice, precedes, same_bits
 
+SLICE = 2048  # ids that one program of the scan looks at in one turn
 ROUNDS = 3  # up to 7, of checking and drawing again, before single programs finish what is open
 
+_TURNS = 4  # of one program of the scan, where that leaves programs enough
 _PROGRAMS_PER_SM = 2  # of the check: as many as have room at once, since those that come later may have less to read
 _NUM_COUNTS = 8
 _CHECKED = 16384  # ids that one program of the check reads at a time, so that many loads are on their way
@@ -57,6 +59,9 @@ _READERS = 4  # programs of the check that share a row, where there are not more
 _NEAR = tl.constexpr(0.9999)  # of the limit: what is below this is below it however sums are rounded
 
 _TOO_LARGE = tl.constexpr(0x7FFFFFFF)
+
+_STEP = tl.constexpr(8388608.0)  # 2^23: by so much the bits of an fp32 grow from one power of two to the next
+_BOUND_SHIFT = tl.constexpr((127 + 32) * 8388608.0)  # the exponent's bias, and v counted in 2^-32
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -90,15 +95,23 @@ def _noise_key(ints, at, position):
 
 
 @triton.jit
-def _uniform(ids, key):
-    bits = _mix((ids.to(tl.uint32) * 0x9E3779B1) ^ key)
-    return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+def _noise_bits(ids, key):
+    """uint32, those of one key all different. `_mix` but for its last step, which small numbers pass unchanged."""
+    x = (ids.to(tl.uint32) * 0x9E3779B1) ^ key
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    return x * 0x846CA68B
 
 
 @triton.jit
 def _drawn(logit, ids, t, key):
-    """logit / temperature + Gumbel noise."""
-    return logit / tl.maximum(t, 1e-5) - tl.log(-tl.log(_uniform(ids, key)))
+    """logit / temperature - log(e), e standard exponential: -log(1 - v), v uniform in (0, 1)."""
+    v = (_noise_bits(ids, key).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    rest = 1.0 - tl.minimum(v, 0.999999940395355224609375)
+    lacks = tl.where(rest < 1.0, 1.0 - rest, 1.0)  # v as `rest` was rounded
+    e = tl.where(rest < 1.0, -tl.log(rest) * (v / lacks), v)
+    return logit / tl.maximum(t, 1e-5) - tl.log(e)
 
 
 @triton.jit
@@ -122,27 +135,51 @@ def _exp2(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _bound(logit, ids, scale, key, FAST: tl.constexpr):
-    """At most -`_drawn` / log(2), but for rounding: -log(1 - v) is at least v + v^2 / 2. scale: -log2(e) / temperature.
-    (Of the negative, as it is then one instruction, and the least of a group is sought.)
+def _bound(logit, ids, scale, key):
+    """At most -_STEP / log(2) times `_drawn`, plus `_BOUND_SHIFT`, but for rounding. scale: -_STEP * log2(e) /
+    temperature.
+
+    -log(1 - v) is at least v, and log2(v) at least exponent and mantissa of v read as one number with a point between
+    them, by up to 0.086. (Of the negative, as it is then one instruction, and the least of a group is sought.)
     """
-    bits = _mix((ids.to(tl.uint32) * 0x9E3779B1) ^ key)
-    v = (bits >> 9).to(tl.float32) * -1.1920928955078125e-07 + 0.999999940395355224609375  # 1 - `_uniform`, exactly
-    return logit * scale + _log2(v * (1.0 + 0.5 * v), FAST)
+    v = _noise_bits(ids, key).to(tl.float32)
+    return logit * scale + v.to(tl.int32, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _group_sums(logit, peak, warm, FAST: tl.constexpr):
-    """Of each group, logit[groups, GROUP], the sum of exp((logit - peak) / warm); peak[groups] is its largest."""
+def _load_halves(own, ids, half, start, end, SLICE: tl.constexpr):
+    """As `ranking.load_slice`, of ids and of those half a group further."""
+    if start + SLICE <= end:
+        low, high = tl.load(own + ids), tl.load(own + ids + half)
+    else:
+        low = tl.load(own + ids, mask=ids < end, other=float("-inf"))
+        high = tl.load(own + ids + half, mask=ids + half < end, other=float("-inf"))
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _group_peaks(low, high):
+    """Of each group the largest; low and high [groups, GROUP // 2] are its halves, here and below."""
+    return tl.max(tl.maximum(low, high), axis=1)
+
+
+@triton.jit
+def _group_sums(low, high, peak, warm, FAST: tl.constexpr):
+    """Of each group the sum of exp((logit - peak) / warm); peak[groups] is its largest."""
+    scale = (1.0 / warm) * _LOG2_E
     finite = tl.where(peak == float("-inf"), 0.0, peak)
-    return tl.sum(_exp2((logit - finite[:, None]) * ((1.0 / warm) * _LOG2_E), FAST), axis=1)
+    shift = finite * -scale
+    rounded_by = tl.fma(finite, scale, shift)  # put right once for each group, so that an id takes one FMA
+    low, high = tl.fma(low, scale, shift[:, None]), tl.fma(high, scale, shift[:, None])
+    return tl.exp2(-rounded_by) * tl.sum(_exp2(low, FAST) + _exp2(high, FAST), axis=1)
 
 
 @triton.jit
-def _group_log_sums(logit, peak, FAST: tl.constexpr):
+def _group_log_sums(low, high, peak, FAST: tl.constexpr):
     """Of each group the log of the sum of exp(logit). The product with log2(e) rounds by 2^-24 of the peak."""
     finite = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(_exp2(logit * _LOG2_E + (finite * -_LOG2_E)[:, None], FAST), axis=1)
+    shift = (finite * -_LOG2_E)[:, None]
+    total = tl.sum(_exp2(low * _LOG2_E + shift, FAST) + _exp2(high * _LOG2_E + shift, FAST), axis=1)
     return peak + tl.where(total > 0, _LN_2 * _log2(total, FAST), 0.0)
 
 
@@ -155,38 +192,21 @@ def _below(x):
 
 
 @triton.jit
-def _slice_ids(part, SLICE: tl.constexpr, GROUP: tl.constexpr):
-    groups = part * (SLICE // GROUP) + tl.arange(0, SLICE // GROUP)
-    return groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+def _largest(value, index):
+    """The largest of value[N] fp32, and of its places the least index."""
+    top = tl.max(value, axis=0)
+    return top, tl.min(tl.where(value == top, index, _TOO_LARGE), axis=0)
 
 
 @triton.jit
-def _search(
-    own,
-    bounds,
-    group_peaks,
-    pivot,
-    all_groups,
-    num_ids,
-    num_groups,
-    t,
-    key,
-    FULL: tl.constexpr,
-    GROUP: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
-):
+def _search(own, bound, pivot, num_ids, t, key, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr):
     """The best draw among the ids of one row whose logit is above the pivot: its id, of equal ones the first. own: the
-    row's logits. bounds: of its groups. all_groups: there are none, look at every group. FULL: there are group_peaks.
+    row's logits. bound[MAX_GROUPS]: of the draws of its groups, -inf of those to be left out.
     """
     group = tl.arange(0, MAX_GROUPS)
-    bound = tl.load(bounds + group, mask=group < num_groups, other=float("-inf"))
-    if FULL:
-        peak = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
-        if (pivot > float("-inf")) | all_groups:
-            bound = tl.where(peak > pivot, tl.where(all_groups, float("inf"), bound), float("-inf"))
     best, best_id = float("-inf"), _TOO_LARGE
-    top, index = tl.max(bound, axis=0, return_indices=True)
-    # Greedy, bounds are the logits themselves. Else 1e-4 is for the approximate log, 2^-20 for rounding the sums.
+    top, index = _largest(bound, group)
+    # Greedy, bounds are the logits themselves. Else 1e-4 is for rounding bounds, 2^-20 for rounding the sums.
     while (top > best) | ((t > 0) & (top > float("-inf")) & (top >= best - 1e-4 - tl.abs(best) * 9.5367431640625e-07)):
         ids = index * GROUP + tl.arange(0, GROUP)
         logit = tl.load(own + ids, mask=ids < num_ids, other=float("-inf")).to(tl.float32)
@@ -194,13 +214,23 @@ def _search(
         if t > 0:
             score = _drawn(logit, ids, t, key)
         score = tl.where(logit > pivot, score, float("-inf"))
-        value = tl.max(score, axis=0)
-        first = tl.min(tl.where(score == value, ids, _TOO_LARGE), axis=0)
+        value, first = _largest(score, ids)
         if (value > best) | ((value == best) & (first < best_id)):
             best, best_id = value, first
         bound = tl.where(group == index, float("-inf"), bound)
-        top, index = tl.max(bound, axis=0, return_indices=True)
+        top, index = _largest(bound, group)
     return best_id
+
+
+@triton.jit
+def _search_above(
+    own, bounds, group_peaks, pivot, num_ids, num_groups, t, key, GROUP: tl.constexpr, MAX_GROUPS: tl.constexpr
+):
+    """`_search`, of groups that hold ids above the pivot."""
+    group = tl.arange(0, MAX_GROUPS)
+    bound = tl.load(bounds + group, mask=group < num_groups, other=float("-inf"))
+    peak = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
+    return _search(own, tl.where(peak > pivot, bound, float("-inf")), pivot, num_ids, t, key, GROUP, MAX_GROUPS)
 
 
 @triton.jit
@@ -229,7 +259,7 @@ def _mass_above(own, start, num_ids, pivot, peak, scale, SLICE: tl.constexpr, FA
 
 
 @triton.jit(
-    do_not_specialize=["num_ids", "num_groups", "width"],
+    do_not_specialize=["num_ids", "num_groups", "width", "num_slices", "turns"],
     do_not_specialize_on_alignment=["rows", "positions"],
 )
 def scan_kernel(
@@ -248,6 +278,8 @@ def scan_kernel(
     vocab_size,
     num_groups,
     width,
+    num_slices,
+    turns,
     stride,
     FULL: tl.constexpr,
     TOP: tl.constexpr,
@@ -263,47 +295,54 @@ def scan_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = part * SLICE
-    ids = _slice_ids(part, SLICE, GROUP)
-    all_ = load_slice(logits + row * stride, ids, start, vocab_size, SLICE)
-    logit = all_
-    if start + SLICE > num_ids:
-        logit = tl.where(ids < num_ids, all_, float("-inf"))
+    row = tl.program_id(0).to(tl.int64)
+    own = logits + row * stride
     at = tl.load(rows + row)
     t = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE)
-    group = part * (SLICE // GROUP) + tl.arange(0, SLICE // GROUP)
-    place, exists = row * num_groups + group, group < num_groups
-    is_ranked = False
+    key = _noise_key(ints, at, tl.load(positions + row))
+    is_ranked, has_nucleus, is_filtered, num_logprobs, warm = False, False, False, -1, tl.maximum(t, 1e-5)
     if FULL:
         top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
         min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
         top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
         num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
         is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
-        if part == 0:
+        has_nucleus = (t > 0) & (top_p < 1) & (top_k <= 0)
+        is_filtered = (t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))
+        if tl.program_id(1) == 0:
             tl.store(arrived + row, 0)
             if row == 0:
                 tl.store(counts + tl.arange(0, NUM_COUNTS), tl.zeros((NUM_COUNTS,), tl.int32))
-        peak = tl.max(logit, axis=1)
-        if ((t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))) | (num_logprobs > 0):
-            tl.store(group_peaks + place, peak, mask=exists)
-        if (t > 0) & (top_p < 1) & (top_k <= 0):
-            tl.store(masses + place, _group_sums(logit, peak, tl.maximum(t, 1e-5), FAST), mask=exists)
-        if num_logprobs >= 0:
-            largest = peak
-            if start + SLICE > num_ids:
-                largest = tl.max(all_, axis=1)
-            tl.store(sums + place, _group_log_sums(all_, largest, FAST), mask=exists)
-    if is_ranked == 0:
-        if t > 0:
-            key = _noise_key(ints, at, tl.load(positions + row))
-            bound = -_LN_2 * tl.min(_bound(logit, ids, -_LOG2_E / tl.maximum(t, 1e-5), key, FAST), axis=1)
-        elif FULL:
-            bound = peak
-        else:
-            bound = tl.max(logit, axis=1)
-        tl.store(bounds + place, bound, mask=exists)
+    half: tl.constexpr = GROUP // 2  # apart, so that a thread has ids of both: four threads a group of 64 exchange less
+    for part in range(tl.program_id(1) * turns, tl.minimum((tl.program_id(1) + 1) * turns, num_slices)):
+        start, group = part * SLICE, part * (SLICE // GROUP) + tl.arange(0, SLICE // GROUP)
+        ids = group[:, None] * GROUP + tl.arange(0, half)[None, :]
+        low, high = _load_halves(own, ids, half, start, vocab_size, SLICE)
+        place, exists = row * num_groups + group, group < num_groups
+        if FULL:
+            peak = _group_peaks(low, high)
+            if num_logprobs >= 0:  # of all ids, those that are never drawn as well
+                tl.store(sums + place, _group_log_sums(low, high, peak, FAST), mask=exists)
+        if start + SLICE > num_ids:
+            # Read again: a choice between values would be made for every id of every slice.
+            low, high = _load_halves(own, ids, half, start, num_ids, SLICE)
+            if FULL:
+                peak = _group_peaks(low, high)
+        if FULL:
+            if is_filtered | (num_logprobs > 0):
+                tl.store(group_peaks + place, peak, mask=exists)
+            if has_nucleus:
+                tl.store(masses + place, _group_sums(low, high, peak, warm, FAST), mask=exists)
+        if is_ranked == 0:
+            if t > 0:
+                scale = (-_STEP * _LOG2_E) / warm
+                least = tl.minimum(_bound(low, ids, scale, key), _bound(high, ids + half, scale, key))
+                bound = (tl.min(least, axis=1) - _BOUND_SHIFT) * (-_LN_2 / _STEP)
+            elif FULL:
+                bound = peak
+            else:
+                bound = _group_peaks(low, high)
+            tl.store(bounds + place, bound, mask=exists)
 
 
 @triton.jit(
@@ -358,31 +397,35 @@ def join_kernel(
     bounds += first
     at, position = tl.load(rows + row), tl.load(positions + row)
     t, key = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE), _noise_key(ints, at, position)
-    wants, log_sum = False, 0.0
+    wants, log_sum, group = False, 0.0, tl.arange(0, MAX_GROUPS)
+    exists = group < num_groups
     if FULL:
-        group_peaks += first
         top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
         min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
         top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
         num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
         is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
         has_nucleus = (t > 0) & (top_k <= 0) & (top_p < 1)
+        is_filtered = (t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))
         wants = num_logprobs >= 0
+        # What is known of the groups is asked for before it is needed.
+        peaks = tl.load(
+            group_peaks + first + group,
+            mask=group < tl.where(is_filtered | (num_logprobs > 0), num_groups, 0),
+            other=float("-inf"),
+        )
+        bound = tl.load(bounds + group, mask=group < tl.where(is_ranked, 0, num_groups), other=float("-inf"))
+        sum_ = tl.load(sums + first + group, mask=group < tl.where(wants, num_groups, 0), other=float("-inf"))
         if wants:
-            log_sum = joined_sum(sums + first, num_groups, MAX_GROUPS)
+            log_sum = joined_sum(sum_)
             tl.store(log_sums + row, log_sum)
         token, pivot, warm = _TOO_LARGE, float("-inf"), tl.maximum(t, 1e-5)
         searches = is_ranked == 0
         if (is_ranked == 0) & (num_logprobs > 0) & (num_logprobs <= FEW):
             shown = out + row * 2 * width + 1
-            each_best(
-                *(own, group_peaks, found + row * TOP, num_logprobs, log_sum, shown, shown + width),
-                *(num_ids, num_groups, FEW, GROUP, MAX_GROUPS),
-            )
+            each_best(own, peaks, num_logprobs, log_sum, shown, shown + width, num_ids, num_groups, FEW, GROUP, SHIFT)
         elif is_ranked | (num_logprobs > 0):
-            value, ids = best_ids(
-                *(own, group_peaks, found + row * TOP, num_ids, num_groups, TOP, GROUP, MAX_GROUPS, SHIFT)
-            )
+            value, ids = best_ids(own, peaks, found + row * TOP, num_ids, TOP, GROUP, SHIFT)
             before = precedes(value)
             rank = tl.sum(before.to(tl.int32), axis=0)
             if num_logprobs > 0:
@@ -392,10 +435,10 @@ def join_kernel(
                 tl.store(out + row * 2 * width + width + 1 + rank, bits, mask=shown)
             if is_ranked:
                 peak = tl.max(value, axis=0)
-                mass = tl.where(rank < top_k, tl.exp((value - peak) / warm), 0.0)
-                mass = mass / tl.sum(mass, axis=0)
-                mass_before = tl.sum(tl.where(before, mass[:, None], 0.0), axis=0)
-                kept = (rank == 0) | ((rank < top_k) & (mass_before < top_p))
+                share = tl.where(rank < top_k, tl.exp((value - peak) / warm), 0.0)
+                share = share / tl.sum(share, axis=0)
+                share_before = tl.sum(tl.where(before, share[:, None], 0.0), axis=0)
+                kept = (rank == 0) | ((rank < top_k) & (share_before < top_p))
                 edge = tl.min(tl.where(kept, value, float("inf")), axis=0)
                 edge = tl.maximum(edge, peak + warm * tl.log(min_p))
                 score = tl.where(value >= edge, _drawn(value, ids, t, key), float("-inf"))
@@ -403,21 +446,18 @@ def join_kernel(
                 last = tl.min(value, axis=0)
                 if (last >= edge) & (last > float("-inf")):
                     pivot, searches = _below(edge), True
+                bound = tl.where(exists, float("inf"), bound)  # there are none: each group is looked at
         if WIDE and (t > 0) & (top_k > TOP):
             pivot = _below(tl.load(thresholds + row))
         if (t > 0) & (top_k <= 0) & (min_p > 0):
-            group = tl.arange(0, MAX_GROUPS)
-            peaks = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
             pivot = _below(tl.max(peaks, axis=0) + warm * tl.log(min_p))
+        mass = tl.load(masses + first + group, mask=group < tl.where(has_nucleus, num_groups, 0), other=0.0)
         if searches:
-            token = _search(
-                *(own, bounds, group_peaks, pivot, is_ranked, num_ids, num_groups, t, key, FULL, GROUP, MAX_GROUPS)
-            )
+            if pivot > float("-inf"):
+                bound = tl.where(peaks > pivot, bound, float("-inf"))
+            token = _search(own, bound, pivot, num_ids, t, key, GROUP, MAX_GROUPS)
         token = tl.minimum(token, num_ids - 1)  # of logits that are no numbers, too, an id
         if has_nucleus:
-            group = tl.arange(0, MAX_GROUPS)
-            peaks = tl.load(group_peaks + group, mask=group < num_groups, other=float("-inf"))
-            mass = tl.load(masses + first + group, mask=group < num_groups, other=0.0)
             row_peak = tl.max(peaks, axis=0)
             mass *= tl.exp((peaks - row_peak) / warm)
             chosen, limit = tl.load(own + token).to(tl.float32), top_p * tl.sum(mass, axis=0)
@@ -432,10 +472,8 @@ def join_kernel(
                 tl.store(limits + row, limit)
                 _queue(row, chosen, pivots, queues, counts, 0, num_rows)
     else:
-        token = _search(
-            *(own, bounds, bounds, float("-inf"), False, num_ids, num_groups, t, key, FULL, GROUP, MAX_GROUPS)
-        )
-        token = tl.minimum(token, num_ids - 1)
+        bound = tl.load(bounds + group, mask=exists, other=float("-inf"))
+        token = tl.minimum(_search(own, bound, float("-inf"), num_ids, t, key, GROUP, MAX_GROUPS), num_ids - 1)
     _commit(own, row, token, at, position, tokens, tokens_stride, out, width, wants, log_sum)
 
 
@@ -495,16 +533,19 @@ def check_kernel(
         row = tl.load(last - item % count).to(tl.int64)
         own, pivot = logits + row * stride, tl.load(pivots + row)
         peak, scale = tl.load(row_peaks + row), tl.load(scales + row)
+        part = item // count
+        bound = tl.load(most + row * MAX_PARTS + part)
         # Atomic, not loaded: one answer for all threads.
-        part, spare = item // count, tl.atomic_add(slack + row, 0.0, sem="relaxed")
+        spare = tl.atomic_add(slack + row, 0.0, sem="relaxed")
         while (part < num_parts) & (spare >= 0):
-            mass, bound = 0.0, tl.load(most + row * MAX_PARTS + part)
+            mass = 0.0
             if bound > 0:
                 mass = _mass_above(own, part * SLICE, num_ids, pivot, peak, scale, SLICE, FAST)
             tl.store(above + row * num_parts + part, mass)
             gone = tl.minimum(mass - bound, 0.0)
             spare = tl.atomic_add(slack + row, gone, sem="relaxed") + gone
             part += readers
+            bound = tl.load(most + row * MAX_PARTS + tl.minimum(part, num_parts - 1))
         is_last = False
         if spare >= 0:  # a row of which not all arrive keeps its id
             tl.debug_barrier()  # every thread's part is stored before one of them says so
@@ -518,9 +559,8 @@ def check_kernel(
                 at, position = tl.load(rows + row), tl.load(positions + row)
                 t, key = tl.load(floats + at * _NUM_FLOATS + _TEMPERATURE), _noise_key(ints, at, position)
                 first = row * num_groups
-                token = _search(
-                    *(own, bounds + first, group_peaks + first, pivot, False, num_ids, num_groups, t, key),
-                    *(True, GROUP, MAX_GROUPS),
+                token = _search_above(
+                    *(own, bounds + first, group_peaks + first, pivot, num_ids, num_groups, t, key, GROUP, MAX_GROUPS)
                 )
                 if token < num_ids:  # or a limit that rounds to nothing, and the row keeps its id
                     wants = (tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS) >= 0) & (width > 0)
@@ -588,9 +628,8 @@ def finish_kernel(
                 mass += _mass_above(own, start, num_ids, pivot, peak, scale, SLICE, FAST)
             is_open = mass >= limit
             if is_open:
-                found = _search(
-                    *(own, bounds + first, group_peaks + first, pivot, False, num_ids, num_groups, t, key),
-                    *(True, GROUP, MAX_GROUPS),
+                found = _search_above(
+                    *(own, bounds + first, group_peaks + first, pivot, num_ids, num_groups, t, key, GROUP, MAX_GROUPS)
                 )
                 is_open = found < num_ids
                 if is_open:
@@ -637,17 +676,19 @@ def draw(
     arrived, found, queues, counts = _pieces(sizes, torch.int32, device)
     tables, dependent = (rows, positions, floats, ints), chip.dependent_launch(device)
     fast = not triton.knobs.runtime.interpret
-    scan_kernel[(num_rows, triton.cdiv(vocab_size, SLICE))](
+    slices = triton.cdiv(vocab_size, SLICE)
+    turns = max(1, min(_TURNS, num_rows * slices // (16 * chip.num_sms(device))))
+    scan_kernel[(num_rows, triton.cdiv(slices, turns))](
         *(logits, *tables, bounds, group_peaks, masses, sums, arrived, counts),
-        *(num_ids, vocab_size, groups, width, stride),
+        *(num_ids, vocab_size, groups, width, slices, turns, stride),
         FULL=full,
         TOP=LARGEST_TOP_K,
         SLICE=SLICE,
         GROUP=GROUP,
         NUM_COUNTS=_NUM_COUNTS,
         FAST=fast,
-        num_warps=8,
-        maxnreg=64,  # four programs an SM
+        num_warps=4,  # few, as they wait for one another
+        maxnreg=64,  # eight programs an SM
         **dependent,
     )
     join_kernel[(num_rows,)](

@@ -109,6 +109,9 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[tuple[str, int]]:
             early = kernel.asm["ptx"].partition("griddepcontrol.wait")[2] if kwargs["PDL"] else kernel.asm["ptx"]
             exchanges = early.partition("cp.async")[0].count("bar.sync")
             assert exchanges <= 2, "queries are rotated where they are, and change places once"
+        if self is sample.scan_kernel and dtype == torch.bfloat16:
+            exchanges = kernel.asm["ptx"].count("shfl.sync")
+            assert exchanges <= 10, "a thread has ids of one group, and four threads a group"
         if kernel.metadata.name == "hopper_matmul_kernel":
             check_bulk(kernel.asm["ptx"], **kwargs)
             if kwargs["GROUP"]:

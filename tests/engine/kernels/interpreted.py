@@ -7,12 +7,15 @@ bits as integers) and no int8 to bfloat16, so 16-bit products are tested in floa
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from engine import kernels
 from engine.kernels import (
@@ -318,6 +321,38 @@ def sampling_case(dtype):
     i[:, columns.NUM_LOGPROBS] = torch.tensor([-1, 0, 1, 5, -1, 3, 2, -1, 5, 0, 5, 5, 1, 0, -1, 5])
     floats[rows.long()], ints[rows.long()] = f, i
     return logits, rows, torch.arange(16, dtype=torch.int32) * 3, floats, ints
+
+
+@triton.jit
+def draws_kernel(logits, draws, bounds, t, key, N: tl.constexpr):
+    ids = tl.arange(0, N)
+    logit = tl.load(logits + ids)
+    tl.store(draws + ids, sample._drawn(logit, ids, t, key.to(tl.uint32)))
+    tl.store(bounds + ids, sample._bound(logit, ids, (-sample._STEP * sample._LOG2_E) / t, key.to(tl.uint32)))
+
+
+@pytest.mark.parametrize("t", [0.01, 0.7, 1.0, 5.0])
+def test_bounds_of_draws(t):
+    """No draw is above its bound by more than the search allows for, and large noise is within log2's 0.086 below it.
+    Of key 0, id 0 has the largest noise there is.
+    """
+    n, largest = 1 << 16, -math.log(0.5 * 2.0**-32)
+    logits = torch.randn(n) * 3
+    for key, spread in ((0, 1.0), (0, 0.0), (0x7A3B91C5, 1.0)):
+        draws, bounds = torch.zeros(2, n).unbind(0)
+        draws_kernel[(1,)](logits * spread, draws, bounds, t, key, N=n)
+        bounds = (bounds - sample._BOUND_SHIFT.value).double() * (-math.log(2) / sample._STEP.value)
+        noise = draws - logits * spread / t
+        allowed = 1e-4 + draws.abs() * 2.0**-20
+        assert draws.isfinite().all() and (draws <= bounds + allowed).all()
+        sharp = noise > 4.7  # where -log(1 - v) is v within half a percent
+        sharp[0] &= key != 0  # bounded by what no noise reaches
+        assert sharp.sum() > 300 and (bounds <= draws + 0.0597 + 0.005 + allowed)[sharp].all()
+        if spread == 0 and t == 1:
+            one = torch.zeros(1, dtype=torch.int32)
+            assert abs(noise[0] - largest) < 1e-4 and noise.max() == noise[0]
+            assert reference.mix(reference.mix(reference.mix(one) ^ one) + one) == key  # of seed 0 at position 0
+            torch.testing.assert_close(draws, reference.gumbel_noise(one, one, one, n)[0], **FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
