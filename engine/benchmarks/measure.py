@@ -145,7 +145,7 @@ def line(figure: Figure) -> str:
     """A time is compared the other way round, limit / measured: 1 is the limit for both."""
     digits = 3 if figure.unit == "ms" else 0
     numbers = f"{figure.measured:14,.{digits}f}{figure.limit:14,.{digits}f}"
-    return f"{figure.work:22}{numbers}{figure.unit:>7}{figure.fraction:19.2f}"
+    return f"{figure.work:22}{numbers}{figure.unit:>7}{figure.fraction:19.3f}"
 
 
 def plot(found: dict[str, list[Figure]], path: str) -> None:

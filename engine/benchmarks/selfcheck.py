@@ -122,7 +122,7 @@ def speeds(llm: LLM, names: list[str], chosen: list[str], scale: int) -> list[st
         multiplied.add(way)
         for f in measure.measure(llm, name, own, scale, 1, rates):
             digits = 3 if f.unit == "ms" else 0
-            numbers = f"{f.measured:,.{digits}f} | {f.limit:,.{digits}f} | {f.unit} | {f.fraction:.2f}"
+            numbers = f"{f.measured:,.{digits}f} | {f.limit:,.{digits}f} | {f.unit} | {f.fraction:.3f}"
             lines.append(f"| {name} | {f.work} | {numbers} |")
     return lines
 

@@ -71,6 +71,8 @@ def test_noise_is_standard_gumbel_and_depends_on_all_three() -> None:
     noise = gumbel_noise(seeds, seeds * 0, torch.full_like(seeds, 7), 1000)
     assert noise.isfinite().all()
     assert abs(noise.mean().item() - 0.5772) < 0.02 and abs(noise.var().item() - math.pi**2 / 6) < 0.03
+    largest = noise.amax(-1)  # of 1,000 standard ones: a Gumbel about log(1000)
+    assert abs(largest.mean().item() - math.log(1000) - 0.5772) < 4 * math.pi / math.sqrt(6 * 200)
     one = torch.tensor([1], dtype=torch.int32)
     base = gumbel_noise(one, one, one, 100)
     for other in (gumbel_noise(one + 1, one, one, 100), gumbel_noise(one, one + 1, one, 100)):
