@@ -187,22 +187,24 @@ def _gather(stored: Tensor, scales: Tensor | None, table: Tensor, context: int, 
 
 def mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers with good avalanche, on int32 (lowbias32 of github.com/skeeto/hash-prospector)."""
+    x = _scramble(x)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """`mix` but for its last step, which small numbers pass unchanged."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - (1 << 32))  # as a signed 32-bit factor
-    return x ^ ((x >> 16) & 0xFFFF)
+    return x * (0x846CA68B - (1 << 32))  # as a signed 32-bit factor
 
 
 def gumbel_noise(seed_low: Tensor, seed_high: Tensor, positions: Tensor, num_ids: int) -> Tensor:
     """[B, num_ids] fp32 standard Gumbel noise, a function of (seed, position, id) alone; all [B] int32."""
     key = mix(mix(mix(seed_low) ^ seed_high) + positions)[:, None]
     ids = torch.arange(num_ids, dtype=torch.int32, device=key.device)[None, :]
-    x = ids * (0x9E3779B1 - (1 << 32)) ^ key  # the golden ratio spreads neighbouring ids
-    x = x ^ ((x >> 16) & 0xFFFF)  # and then as `mix`, but for its last step, which small numbers pass unchanged
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    bits = (x * (0x846CA68B - (1 << 32))).long() & 0xFFFFFFFF
+    spread = ids * (0x9E3779B1 - (1 << 32)) ^ key  # the golden ratio, for neighbouring ids
+    bits = _scramble(spread).long() & 0xFFFFFFFF
     uniform = (bits.float() + 0.5) * 2.0**-32  # finest where noise is largest, as that is what is drawn
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 

@@ -78,12 +78,33 @@ _NUM_INTS = tl.constexpr(columns.NUM_INTS)
 
 
 @triton.jit
-def _mix(x):
-    """lowbias32 on uint32; `reference.mix` is the same on int32."""
+def _wishes(floats, ints, at, t, width, TOP: tl.constexpr):
+    """What a row asks for, for the scan and the join alike: top-p, min-p, top-k, logprobs (-1: none); whether it draws
+    among the TOP best, has a nucleus, has any filter.
+    """
+    top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
+    min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
+    top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
+    num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
+    is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
+    has_nucleus = (t > 0) & (top_k <= 0) & (top_p < 1)
+    is_filtered = (t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))
+    return top_p, min_p, top_k, num_logprobs, is_ranked, has_nucleus, is_filtered
+
+
+@triton.jit
+def _scramble(x):
+    """`_mix` but for its last step, which small numbers pass unchanged."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
-    x = x * 0x846CA68B
+    return x * 0x846CA68B
+
+
+@triton.jit
+def _mix(x):
+    """lowbias32 on uint32; `reference.mix` is the same on int32."""
+    x = _scramble(x)
     return x ^ (x >> 16)
 
 
@@ -96,12 +117,8 @@ def _noise_key(ints, at, position):
 
 @triton.jit
 def _noise_bits(ids, key):
-    """uint32, those of one key all different. `_mix` but for its last step, which small numbers pass unchanged."""
-    x = (ids.to(tl.uint32) * 0x9E3779B1) ^ key
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    return x * 0x846CA68B
+    """uint32, those of one key all different."""
+    return _scramble((ids.to(tl.uint32) * 0x9E3779B1) ^ key)
 
 
 @triton.jit
@@ -116,7 +133,7 @@ def _drawn(logit, ids, t, key):
 
 @triton.jit
 def _log2(x, FAST: tl.constexpr):
-    """Within 2^-22, or 2^-22 of itself. FAST: in PTX."""
+    """Within 2^-22, or 2^-22 of itself. FAST: in PTX, one instruction for 28."""
     if FAST:
         asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
         return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -302,13 +319,7 @@ def scan_kernel(
     key = _noise_key(ints, at, tl.load(positions + row))
     is_ranked, has_nucleus, is_filtered, num_logprobs, warm = False, False, False, -1, tl.maximum(t, 1e-5)
     if FULL:
-        top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
-        min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
-        top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
-        num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
-        is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
-        has_nucleus = (t > 0) & (top_p < 1) & (top_k <= 0)
-        is_filtered = (t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))
+        _, _, _, num_logprobs, is_ranked, has_nucleus, is_filtered = _wishes(floats, ints, at, t, width, TOP)
         if tl.program_id(1) == 0:
             tl.store(arrived + row, 0)
             if row == 0:
@@ -400,13 +411,8 @@ def join_kernel(
     wants, log_sum, group = False, 0.0, tl.arange(0, MAX_GROUPS)
     exists = group < num_groups
     if FULL:
-        top_p = tl.load(floats + at * _NUM_FLOATS + _TOP_P)
-        min_p = tl.load(floats + at * _NUM_FLOATS + _MIN_P)
-        top_k = tl.load(ints + at * _NUM_INTS + _TOP_K)
-        num_logprobs = tl.minimum(tl.load(ints + at * _NUM_INTS + _NUM_LOGPROBS), width - 1)
-        is_ranked = (t > 0) & (top_k > 0) & (top_k <= TOP)
-        has_nucleus = (t > 0) & (top_k <= 0) & (top_p < 1)
-        is_filtered = (t > 0) & ((top_p < 1) | (min_p > 0) | (top_k > 0))
+        wishes = _wishes(floats, ints, at, t, width, TOP)
+        top_p, min_p, top_k, num_logprobs, is_ranked, has_nucleus, is_filtered = wishes
         wants = num_logprobs >= 0
         # What is known of the groups is asked for before it is needed.
         peaks = tl.load(
